@@ -1,0 +1,140 @@
+"""Writes the tables and figures of README.md and docs/ from the committed results under experiments/results/.
+
+    python -m experiments.report            bring every document up to date
+    python -m experiments.report --check    exit 1 and name the documents that are not
+
+A document asks for a table or a figure with a pair of comments; what stands between them is replaced:
+
+    <!-- report:serve/cpu/result policy tokens_per_second=.1f held_bytes=bytes -->
+    <!-- /report -->
+
+The first word is the result's path below experiments/results, without ".json". The other words pick columns of its
+"rows" (none: all), each with a format of Python's or "bytes" if wanted. `figure=occupancy` in their place draws a
+figure of that name (see `FIGURES`) into docs/figures/. Result files are those of `paged_flash.experiment.write_result`.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from PIL import Image
+
+from paged_flash.analysis import human_bytes, show_occupancy
+from paged_flash.analysis.pictures import Picture
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
+  # The result's "steps" are the records that show_occupancy describes.
+  "occupancy": lambda result: show_occupancy(
+    result["steps"], num_pages=result["num_pages"], page_bytes=result.get("page_bytes")
+  ),
+}
+_MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  stale = update(ROOT, check=flags.FLAGS.check)
+  for path in stale:
+    print(f"{path.relative_to(ROOT)}: {'out of date' if flags.FLAGS.check else 'written'}")
+  if stale and flags.FLAGS.check:
+    raise SystemExit("Run python -m experiments.report and commit what it writes.")
+
+
+def update(root: pathlib.Path, *, check: bool = False) -> list[pathlib.Path]:
+  """Brings README.md and docs/**/*.md below `root` up to date and returns the files that were not.
+
+  Args:
+    root: the repository.
+    check: write nothing.
+
+  Raises:
+    ValueError: naming the document, if it asks for a result, column or figure that does not exist.
+  """
+  stale = []
+  for document in [root / "README.md", *sorted(root.glob("docs/**/*.md"))]:
+    if not document.exists():
+      continue
+    old = document.read_text()
+    if old.count("<!-- report:") != len(_MARKED.findall(old)):
+      raise ValueError(f"{document.name}: every <!-- report:... --> needs a line of its own and a <!-- /report -->")
+    pieces, end = [], 0
+    for match in _MARKED.finditer(old):
+      try:
+        text, figures = _render(root, document, match[2], match[3].split(), check)
+      except (KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{document.name}: report:{match[2]}{match[3]}: {error}") from error
+      stale += figures
+      pieces += [old[end : match.start()], match[1], text, match[4]]
+      end = match.end()
+    new = "".join(pieces) + old[end:]
+    if new != old:
+      stale.append(document)
+      if not check:
+        document.write_text(new)
+  return stale
+
+
+def table(result: dict[str, Any], columns: list[str]) -> str:
+  """The result's rows as a Markdown table, and under it where and when they were measured.
+
+  Args:
+    result: a result file's content.
+    columns: "key" or "key=format"; none means all keys of the first row.
+  """
+  picked = [column.partition("=")[::2] for column in columns or result["rows"][0]]
+  lines = [[key.replace("_", " ") for key, _ in picked], ["---"] * len(picked)]
+  lines += [[_cell(row[key], form) for key, form in picked] for row in result["rows"]]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{source(result)}\n"
+
+
+def source(result: dict[str, Any]) -> str:
+  """One line: experiment, device, versions, commit and date."""
+  device, machine = result["device"], result["machine"]
+  name = f"{machine['cpus']} cores ({machine['architecture']})" if device["platform"] == "cpu" else device["kind"]
+  commit = (result["commit"] or "no commit")[:9] + ("+changes" if result["uncommitted_changes"] else "")
+  return f"*{result['experiment']}: {name}, JAX {result['versions']['jax']}, {commit}, {result['date'][:10]}*"
+
+
+def _render(
+  root: pathlib.Path, document: pathlib.Path, name: str, words: list[str], check: bool
+) -> tuple[str, list[pathlib.Path]]:
+  """The text between a pair of comments, and the figure files that were not up to date."""
+  data = (root / "experiments" / "results" / f"{name}.json").read_bytes()
+  result = json.loads(data)
+  if not words or not words[0].startswith("figure="):
+    return table(result, words), []
+  kind = words[0].removeprefix("figure=")
+  path = root / "docs" / "figures" / f"{name.replace('/', '_')}_{kind}.png"
+  link = os.path.relpath(path, document.parent)
+  text = f"![{kind} of {result['experiment']}]({link})\n\n{source(result)}\n"
+  digest = hashlib.sha256(data).hexdigest()  # kept in the picture: it was drawn from this result
+  if path.exists():
+    with Image.open(path) as image:
+      if image.info.get("Source") == digest:
+        return text, []
+  if not check:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FIGURES[kind](result).savefig(path, dpi=144, bbox_inches="tight", metadata={"Source": digest})
+  return text, [path]
+
+
+def _cell(value: Any, form: str) -> str:
+  if form == "bytes":
+    return human_bytes(value)
+  if form:
+    return format(value, form)
+  if isinstance(value, float):
+    return f"{value:.3g}"
+  return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_bool("check", False, "Change nothing; fail if a document is out of date.")
+  app.run(main)

@@ -1,0 +1,26 @@
+"""paged_flash: flash attention, paged KV caches and immutable page tables for LLM inference in JAX."""
+
+from paged_flash import models
+from paged_flash.analysis.pictures import show
+from paged_flash.attention import explain, flash_attention, paged_attention
+from paged_flash.cache import kv_pages, page_table
+from paged_flash.engine import Engine, EngineState
+from paged_flash.requests import Completion, Event, Events, Params
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "Completion",
+  "Engine",
+  "EngineState",
+  "Event",
+  "Events",
+  "Params",
+  "explain",
+  "flash_attention",
+  "kv_pages",
+  "models",
+  "page_table",
+  "paged_attention",
+  "show",
+]

@@ -1,0 +1,6 @@
+"""Pictures of a page table and of a run, and the arithmetic of KV-cache memory."""
+
+from paged_flash.analysis.memory import KVShape, compare_held, human_bytes
+from paged_flash.analysis.pictures import show, show_occupancy
+
+__all__ = ["KVShape", "compare_held", "human_bytes", "show", "show_occupancy"]

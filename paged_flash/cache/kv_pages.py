@@ -1,0 +1,85 @@
+"""The pool: the arrays of K and V that page ids index.
+
+The pool is the one big thing: gigabytes, *linear* and always donated. Whoever is handed one consumes it and returns
+the next; the arrays it was made of must not be used again. It is flattened over layers, page `p` of layer `l` being
+row `l * N + p`, so that XLA updates it in place and never slices a layer out of it.
+
+Source: Kwon et al. 2023, section 4.1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from paged_flash.cache.page_table import NO_PAGE, PageCopies
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVPages:
+  """K and V of all layers. Consumed by every function that takes it."""
+
+  k: jax.Array  # dtype[L*N, page_size, K, D]
+  v: jax.Array  # dtype[L*N, page_size, K, D]
+  num_layers: int = dataclasses.field(metadata=dict(static=True))
+
+  @property
+  def num_pages(self) -> int:
+    """Pages of each layer, N."""
+    return self.k.shape[0] // self.num_layers
+
+  @property
+  def page_size(self) -> int:
+    return self.k.shape[1]
+
+
+def init(
+  *, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> KVPages:
+  """A pool of zeros (never garbage: a NaN in a page that nobody owns must not exist)."""
+  shape = (num_layers * num_pages, page_size, num_kv_heads, head_dim)
+  return KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), num_layers=num_layers)
+
+
+def layer_pages(kv: KVPages, pages: jax.Array, layer: int) -> jax.Array:
+  """Rows of the pool that hold `pages` (page ids of any shape) in `layer`; NO_PAGE stays NO_PAGE."""
+  return jnp.where(pages == NO_PAGE, NO_PAGE, pages + layer * kv.num_pages)
+
+
+def write(kv: KVPages, layer: int, k: jax.Array, v: jax.Array, pages: jax.Array, offsets: jax.Array) -> KVPages:
+  """Writes one layer's new K and V into their pages. Consumes `kv`.
+
+  Args:
+    kv: the pool; consumed.
+    layer: which layer the tokens are of.
+    k, v: [T, K, D] of the packed tokens.
+    pages: i32[T] page id for each token, NO_PAGE for padding, which is not written.
+    offsets: i32[T] place inside the page, in tokens.
+
+  Returns:
+    The next pool.
+  """
+  rows = jnp.where(pages == NO_PAGE, kv.k.shape[0], pages + layer * kv.num_pages)
+
+  def put(pool, new):
+    return pool.at[rows, offsets].set(new.astype(pool.dtype), mode="drop", unique_indices=True)
+
+  return dataclasses.replace(kv, k=put(kv.k, k), v=put(kv.v, v))
+
+
+def copy(kv: KVPages, copies: PageCopies) -> KVPages:
+  """Copies whole pages in all layers, as a plan asks before its step writes. Consumes `kv`.
+
+  The loop runs once per copy, and not at all when there is none, as in nearly every step.
+  """
+  todo = jnp.flatnonzero(copies.dst != NO_PAGE, size=copies.dst.size, fill_value=0)
+  layers = jnp.arange(kv.num_layers) * kv.num_pages  # i32[L]
+
+  def body(i, pools):
+    src, dst = layers + copies.src[todo[i]], layers + copies.dst[todo[i]]
+    return tuple(pool.at[dst].set(pool[src], unique_indices=True) for pool in pools)
+
+  k, v = lax.fori_loop(0, jnp.sum(copies.dst != NO_PAGE), body, (kv.k, kv.v))
+  return dataclasses.replace(kv, k=k, v=v)

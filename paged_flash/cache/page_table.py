@@ -1,0 +1,268 @@
+"""The page table: which pages of the KV pool hold which sequence.
+
+S slots, P pages per slot, N pages in the pool. A slot is a row of the running batch; the sequence in it is a list of
+`page_size`-token pages, in order, of which only the last may be part full. A table is an immutable value of a few
+kilobytes: every function takes one and returns another, the old one stays good, and all of them run inside `jit`,
+`vmap` and `scan` with shapes that never change.
+
+Source: Kwon et al. 2023, section 4 ("block table" there, page table here; their block is our page).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NO_PAGE = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageTable:
+  """Who holds which page. A page is free exactly when its ref count is 0; nothing else is stored."""
+
+  pages: jax.Array  # i32[S, P]  page at each position of the sequence, NO_PAGE past its end
+  seq_lens: jax.Array  # i32[S]  tokens held by each slot
+  ref_counts: jax.Array  # i32[N]  slots that hold each page
+  page_size: int = dataclasses.field(metadata=dict(static=True))
+
+  @property
+  def num_slots(self) -> int:
+    return self.pages.shape[0]
+
+  @property
+  def pages_per_slot(self) -> int:
+    return self.pages.shape[1]
+
+  @property
+  def num_pages(self) -> int:
+    return self.ref_counts.shape[0]
+
+  @property
+  def held(self) -> jax.Array:  # i32[S]
+    """Pages held by each slot."""
+    return cdiv(self.seq_lens, self.page_size)
+
+  @property
+  def num_free(self) -> jax.Array:  # i32[]
+    """Pages nobody holds."""
+    return jnp.sum(self.ref_counts == 0, dtype=jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageCopies:
+  """Pages to copy before the next write: `src[i]` into `dst[i]`; NO_PAGE where there is nothing to do."""
+
+  src: jax.Array  # i32[S]
+  dst: jax.Array  # i32[S]
+
+
+def init(*, num_slots: int, pages_per_slot: int, num_pages: int, page_size: int) -> PageTable:
+  """An empty table: every slot empty, every page free.
+
+  Args:
+    num_slots: rows of the running batch, S.
+    pages_per_slot: pages that one sequence may hold, P.
+    num_pages: pages in the pool, N.
+    page_size: tokens per page.
+
+  Raises:
+    ValueError: a size below 1.
+
+  Example:
+    >>> table = init(num_slots=4, pages_per_slot=8, num_pages=32, page_size=16)
+    >>> int(table.num_free)
+    32
+  """
+  sizes = dict(num_slots=num_slots, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size)
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f"{name} must be at least 1, got {size}")
+  return PageTable(
+    pages=jnp.full((num_slots, pages_per_slot), NO_PAGE, jnp.int32),
+    seq_lens=jnp.zeros(num_slots, jnp.int32),
+    ref_counts=jnp.zeros(num_pages, jnp.int32),
+    page_size=page_size,
+  )
+
+
+def need(table: PageTable, num_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Free pages that each slot would take to hold `num_tokens` (i32[S]) more tokens.
+
+  Returns:
+    pages: i32[S], the copy of a shared last page included.
+    copies: bool[S], whether the slot's part-full last page is shared and must be copied before the write.
+  """
+  partial = (num_tokens > 0) & (table.seq_lens % table.page_size > 0)
+  copies = partial & (table.ref_counts[_last_page(table)] > 1)
+  return cdiv(table.seq_lens + num_tokens, table.page_size) - table.held + copies, copies
+
+
+def extend(
+  table: PageTable, num_tokens: jax.Array, *, max_pages: int | None = None
+) -> tuple[PageTable, PageCopies, jax.Array]:
+  """Makes room for `num_tokens` (i32[S]) more tokens in each slot, granting pages on demand.
+
+  A page with a ref count above 1 is never written: a slot about to write into one gets a page of its own, and the
+  copy to make first is named in the answer (copy-on-write). Slots that need no page are always granted. The others
+  are served in order, and from the first one that the pool cannot serve on, all are refused. A refused slot is left
+  exactly as it was.
+
+  Args:
+    table: the table; stays good.
+    num_tokens: i32[S], zero or more for each slot.
+    max_pages: pages that this call may grant at most; the cost grows with it. None for the whole pool.
+
+  Returns:
+    table: the new table.
+    copies: the page copies to do before anything is written.
+    granted: bool[S]; False where the tokens do not fit the slot or the pool, or `num_tokens` is negative.
+
+  Example:
+    >>> table = init(num_slots=2, pages_per_slot=8, num_pages=32, page_size=16)
+    >>> table, copies, granted = extend(table, jnp.array([20, 5]))
+    >>> table.pages[:, :3].tolist(), granted.tolist()
+    ([[0, 1, -1], [2, -1, -1]], [True, True])
+  """
+  S, P = table.pages.shape
+  bound = min(S * P, table.num_pages)
+  M = bound if max_pages is None else min(max_pages, bound)
+  wanted, copies = need(table, num_tokens)  # i32[S], bool[S]
+  fits = (num_tokens >= 0) & (table.seq_lens + num_tokens <= P * table.page_size)
+  wanted = jnp.where(fits, wanted, 0)
+  granted = fits & ((wanted == 0) | (jnp.cumsum(wanted) <= jnp.minimum(table.num_free, M)))
+  wanted = jnp.where(granted, wanted, 0)
+  copies &= granted
+
+  # The k-th page wanted is the k-th free page.
+  end = jnp.cumsum(wanted)  # i32[S]
+  k = jnp.arange(M)
+  slot = jnp.searchsorted(end, k, side="right", method="compare_all")  # i32[M]  who gets the k-th page; S when nobody
+  position = (table.held - copies - end + wanted)[slot] + k  # i32[M]
+  page = jnp.where(slot < S, _first_free(table, M), table.num_pages)
+  pages = table.pages.at[slot, position].set(page, mode="drop")
+
+  old_last = _last_page(table)
+  ref_counts = table.ref_counts.at[page].set(1, mode="drop")
+  ref_counts = ref_counts.at[_masked(old_last, copies, table)].add(-1, mode="drop")
+  new_last = pages[jnp.arange(S), jnp.maximum(table.held - 1, 0)]
+  new_table = dataclasses.replace(
+    table, pages=pages, seq_lens=table.seq_lens + jnp.where(granted, num_tokens, 0), ref_counts=ref_counts
+  )
+  page_copies = PageCopies(src=jnp.where(copies, old_last, NO_PAGE), dst=jnp.where(copies, new_last, NO_PAGE))
+  return new_table, page_copies, granted
+
+
+def fork(
+  table: PageTable, parent: jax.Array | int, child: jax.Array | int, num_tokens: jax.Array | int | None = None
+) -> PageTable:
+  """Makes slot `child` hold the first `num_tokens` tokens of slot `parent`, sharing the pages.
+
+  What `child` held before is released. Nothing is copied: a shared page is copied when somebody must write it
+  (`extend`). A slot may be forked onto itself, which truncates it: the way to take tokens back.
+
+  Args:
+    table: the table; stays good.
+    parent: i32[] or i32[F], the slots to share from.
+    child: i32[] or i32[F], distinct slots to fill; a negative child does nothing.
+    num_tokens: i32[] or i32[F], tokens to share, at most what the parent holds; None for all of them.
+
+  Returns:
+    The new table.
+
+  Example:
+    >>> table, _, _ = extend(init(num_slots=2, pages_per_slot=8, num_pages=32, page_size=16), jnp.array([20, 0]))
+    >>> fork(table, parent=0, child=1).ref_counts[:3].tolist()
+    [2, 2, 0]
+  """
+  parent, child = jnp.atleast_1d(jnp.asarray(parent)), jnp.atleast_1d(jnp.asarray(child))  # i32[F]
+  lens = table.seq_lens[parent]
+  if num_tokens is not None:
+    lens = jnp.clip(jnp.asarray(num_tokens), 0, lens)
+  shared = jnp.arange(table.pages_per_slot) < cdiv(lens, table.page_size)[:, None]  # bool[F, P]
+  rows = jnp.where(shared, table.pages[parent], NO_PAGE)
+  used = (child >= 0)[:, None]
+  ref_counts = table.ref_counts.at[_masked(table.pages[child], used, table)].add(-1, mode="drop")
+  ref_counts = ref_counts.at[_masked(rows, used, table)].add(1, mode="drop")
+  child = jnp.where(child >= 0, child, table.num_slots)
+  return dataclasses.replace(
+    table,
+    pages=table.pages.at[child].set(rows, mode="drop"),
+    seq_lens=table.seq_lens.at[child].set(lens, mode="drop"),
+    ref_counts=ref_counts,
+  )
+
+
+def release(table: PageTable, done: jax.Array) -> PageTable:
+  """Empties the slots in `done` (bool[S]); a page that nobody else holds is free at once.
+
+  Example:
+    >>> table, _, _ = extend(init(num_slots=2, pages_per_slot=8, num_pages=32, page_size=16), jnp.array([20, 5]))
+    >>> int(release(table, jnp.array([True, False])).num_free)
+    31
+  """
+  dropped = _masked(table.pages, done[:, None], table)
+  return dataclasses.replace(
+    table,
+    pages=jnp.where(done[:, None], NO_PAGE, table.pages),
+    seq_lens=jnp.where(done, 0, table.seq_lens),
+    ref_counts=table.ref_counts.at[dropped].add(-1, mode="drop"),
+  )
+
+
+def check(table: PageTable) -> None:
+  """Recomputes every redundant fact of a concrete table; for tests and `Engine(debug=True)`.
+
+  Raises:
+    AssertionError: the pages, lengths and ref counts do not agree; the text says where.
+  """
+  pages, lens, refs = np.asarray(table.pages), np.asarray(table.seq_lens), np.asarray(table.ref_counts)
+  if (lens < 0).any() or (lens > table.pages_per_slot * table.page_size).any():
+    raise AssertionError(f"seq_lens outside 0..{table.pages_per_slot * table.page_size}: {lens}")
+  held = np.arange(table.pages_per_slot) < cdiv(lens, table.page_size)[:, None]
+  if not ((pages[held] >= 0) & (pages[held] < table.num_pages)).all() or (pages[~held] != NO_PAGE).any():
+    bad = np.argwhere(np.where(held, (pages < 0) | (pages >= table.num_pages), pages != NO_PAGE))
+    raise AssertionError(f"pages do not match seq_lens at (slot, position) {bad.tolist()}")
+  counts = np.bincount(pages[held], minlength=table.num_pages)
+  if (counts != refs).any():
+    bad = np.flatnonzero(counts != refs)
+    raise AssertionError(
+      f"ref_counts of pages {bad.tolist()} are {refs[bad].tolist()}, held {counts[bad].tolist()} times"
+    )
+  for slot, row in enumerate(pages):
+    owned = row[held[slot]]
+    if len(set(owned.tolist())) != len(owned):
+      raise AssertionError(f"slot {slot} holds a page twice: {owned.tolist()}")
+
+
+def cdiv(a, b):
+  """Quotient rounded up, for Python ints and arrays."""
+  return (a + b - 1) // b
+
+
+def _last_page(table: PageTable) -> jax.Array:  # i32[S]
+  return table.pages[jnp.arange(table.num_slots), jnp.maximum(table.held - 1, 0)]
+
+
+def _masked(pages: jax.Array, mask: jax.Array, table: PageTable) -> jax.Array:
+  """Page ids where `mask` holds and there is a page, else one past the pool, which scatters drop."""
+  return jnp.where(mask & (pages >= 0), pages, table.num_pages)
+
+
+def _first_free(table: PageTable, count: int) -> jax.Array:
+  """i32[count]: the free pages in order, N past their end.
+
+  Prefix sums in two levels, the inner one as a product with a triangle of ones: exact (counts up to 128 in f32), and
+  ten times as fast as `cumsum` over the pool on a CPU.
+  """
+  block = 128
+  free = jnp.pad(table.ref_counts == 0, (0, -table.num_pages % block)).reshape(-1, block)  # bool[N/128, 128]
+  rank = (free.astype(jnp.float32) @ jnp.triu(jnp.ones((block, block), jnp.float32))).astype(jnp.int32)
+  end = jnp.cumsum(rank[:, -1])  # i32[N/128]  free pages up to the end of each block
+  k = jnp.arange(count)
+  row = jnp.searchsorted(end, k, side="right", method="compare_all")  # i32[count]  the block of the k-th free page
+  inside = k - (end - rank[:, -1])[row]  # i32[count]  its number in that block, from 0
+  column = jnp.sum(rank[row] <= inside[:, None], axis=1)
+  return jnp.where(k < end[-1], row * block + column, table.num_pages)

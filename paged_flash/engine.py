@@ -1,0 +1,474 @@
+"""The engine: requests in, tokens out. The host shell around one pure step.
+
+A step is plan, model, sampling and commit in one compiled program. Two drivers run it: `step` (one step a dispatch,
+tokens stream out at once) and `run` (many steps in one `lax.while_loop`, with grants, releases, stops and admissions
+inside). Only the KV pool is donated; the scheduler's state is a small value that you can keep, compare and fork.
+"""
+
+import dataclasses
+import functools
+import operator
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from paged_flash import scheduler
+from paged_flash import step as pure
+from paged_flash.cache import kv_pages, page_table
+from paged_flash.cache.kv_pages import KVPages
+from paged_flash.cache.page_table import cdiv
+from paged_flash.models import Model, Tokenizer
+from paged_flash.requests import Completion, Event, Events, Params, Prompt, StopWatch, Transcript, rows
+from paged_flash.state import FINISH_NAMES, NOBODY, NUM_STOP_IDS, STOP, State
+
+_SUBMIT_BATCH = 32  # requests queued per dispatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineState:
+  """All that an engine knows between two steps."""
+
+  scheduler: State  # a value: keep it as long as you like
+  kv: KVPages  # linear: consumed by the step that is handed it
+  idle: bool  # no request is live
+  stops: Mapping[int, StopWatch]  # live requests with stop strings
+  prefixes: Mapping[int, int]  # held prefixes: id to pages
+
+
+class Engine:
+  """Serves a model by continuous batching over a paged KV cache.
+
+  Args:
+    model: from `paged_flash.models.load`.
+    num_slots: requests that run together, S.
+    num_pages: pages in the pool. Give this or `memory_bytes`.
+    memory_bytes: bytes that the pool may take; `memory` shows the arithmetic.
+    page_size: tokens per page.
+    max_seq_len: tokens of a request, prompt and output; None for the least of what the model and the pool allow.
+    token_budget: tokens that one step computes at most; prompts share what decoding leaves of it.
+    chunk_size: prompt tokens that one request computes in a step at most; None for the budget.
+    queue_size: requests kept, waiting, running or ended.
+    num_prefixes: prefixes that can be held at once.
+    steps_per_dispatch: steps that `run` makes in one program at most.
+    kv_dtype: of the pool; None for the model's.
+    implementation: of `paged_attention`; None for the first that supports it.
+    debug: check every page table after every step.
+
+  Raises:
+    ValueError: sizes that cannot work together.
+
+  Example:
+    >>> import paged_flash as pf
+    >>> model = pf.models.load(pf.models.ModelConfig.tiny())
+    >>> engine = Engine(model, num_slots=2, num_pages=32, page_size=4)
+    >>> state, request = engine.submit(engine.init(), [1, 2, 3], max_tokens=5)
+    >>> tokens = []
+    >>> while not state.idle:
+    ...   state, events = engine.step(state)
+    ...   tokens += [event.token for event in events if event.request == request]
+    >>> len(tokens)
+    5
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    *,
+    num_slots: int = 8,
+    num_pages: int | None = None,
+    memory_bytes: int | None = None,
+    page_size: int = 16,
+    max_seq_len: int | None = None,
+    token_budget: int = 256,
+    chunk_size: int | None = None,
+    queue_size: int = 256,
+    num_prefixes: int = 1,
+    steps_per_dispatch: int = 32,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str | None = None,
+    debug: bool = False,
+  ):
+    c = model.config
+    dtype = jnp.dtype(kv_dtype or jax.tree.leaves(model.params)[0].dtype)
+    _check_sizes(
+      num_slots=num_slots,
+      page_size=page_size,
+      token_budget=token_budget,
+      queue_size=queue_size,
+      num_prefixes=num_prefixes,
+      steps_per_dispatch=steps_per_dispatch,
+      **{
+        k: v
+        for k, v in dict(num_pages=num_pages, max_seq_len=max_seq_len, chunk_size=chunk_size).items()
+        if v is not None
+      },
+    )
+    page_bytes = 2 * c.num_layers * page_size * c.num_kv_heads * c.head_dim * dtype.itemsize
+    if (num_pages is None) == (memory_bytes is None):
+      raise ValueError(f"give either num_pages or memory_bytes, got {num_pages=} and {memory_bytes=}")
+    if num_pages is None:
+      assert memory_bytes is not None
+      num_pages = memory_bytes // page_bytes
+    if num_pages < num_slots:
+      given = "" if memory_bytes is None else f" (memory_bytes={memory_bytes} at {page_bytes} bytes a page)"
+      raise ValueError(f"num_pages must be at least num_slots={num_slots}, got {num_pages}{given}")
+    if token_budget < num_slots:
+      raise ValueError(f"token_budget must be at least num_slots={num_slots}, got {token_budget}")
+    if max_seq_len is not None and max_seq_len > c.max_seq_len:
+      raise ValueError(f"max_seq_len must be at most the model's {c.max_seq_len}, got {max_seq_len}")
+    self.model, self.num_slots, self.num_pages, self.page_size = model, num_slots, num_pages, page_size
+    self.max_seq_len = min(max_seq_len or c.max_seq_len, num_pages * page_size)
+    self.queue_size, self.num_prefixes, self.kv_dtype, self.debug = queue_size, num_prefixes, dtype, debug
+    self.steps_per_dispatch = steps_per_dispatch
+    self.page_bytes = page_bytes
+    self.memory = (
+      f"KV pool: {num_pages:,} pages x {page_size} tokens x {c.num_layers} layers x 2 (K, V) x {c.num_kv_heads} heads "
+      f"x {c.head_dim} x {dtype.itemsize} B ({dtype.name}) = {num_pages * page_bytes:,} B "
+      f"({num_pages * page_bytes / 2**20:,.1f} MiB, {num_pages * page_size:,} tokens)"
+    )
+    self._submit = jax.jit(scheduler.submit)
+    self._cancel = jax.jit(scheduler.cancel)
+    settings = pure.Settings(
+      token_budget=token_budget,
+      chunk_size=min(chunk_size or token_budget, token_budget),
+      implementation=implementation,
+    )
+    self._step = jax.jit(functools.partial(pure.step, model, settings), donate_argnames="kv")
+    run = functools.partial(pure.run, model, settings, most=steps_per_dispatch)
+    self._run = jax.jit(run, donate_argnames="kv")
+
+  def init(self) -> EngineState:
+    """An empty state with a pool of its own."""
+    c = self.model.config
+    state = scheduler.init(
+      num_slots=self.num_slots,
+      pages_per_slot=cdiv(self.max_seq_len, self.page_size),
+      num_pages=self.num_pages,
+      page_size=self.page_size,
+      num_requests=self.queue_size,
+      max_seq_len=self.max_seq_len,
+      num_prefixes=self.num_prefixes,
+    )
+    kv = kv_pages.init(
+      num_layers=c.num_layers,
+      num_pages=self.num_pages,
+      page_size=self.page_size,
+      num_kv_heads=c.num_kv_heads,
+      head_dim=c.head_dim,
+      dtype=self.kv_dtype,
+    )
+    return EngineState(scheduler=state, kv=kv, idle=True, stops={}, prefixes={})
+
+  def submit(self, state: EngineState, prompt_ids: Sequence[int], **params: Any) -> tuple[EngineState, int]:
+    """Queues one request.
+
+    Args:
+      state: stays good but for its pool, which the answer shares.
+      prompt_ids: token ids of the prompt.
+      **params: fields of `Params`.
+
+    Returns:
+      The state with the request waiting, and the request's id.
+
+    Raises:
+      ValueError: the prompt is empty, too long, or holds an id outside the vocabulary; a parameter is out of range.
+      RuntimeError: `queue_size` requests are live already.
+    """
+    state, ids = self.submit_many(state, [(prompt_ids, Params(**params))])
+    return state, ids[0]
+
+  def submit_many(
+    self, state: EngineState, requests: Sequence[tuple[Sequence[int], Params]]
+  ) -> tuple[EngineState, list[int]]:
+    """Queues several requests, in order: all of them, or none when one is not good."""
+    checked = [self.check(prompt, params, state) for prompt, params in requests]
+    sched, stops, ids = state.scheduler, dict(state.stops), []
+    for i in range(0, len(checked), _SUBMIT_BATCH):
+      batch = checked[i : i + _SUBMIT_BATCH]
+      sched, new = self._submit(sched, rows(batch, 1 if len(batch) == 1 else _SUBMIT_BATCH, self.max_seq_len))
+      ids += np.asarray(new)[: len(batch)].tolist()
+    if NOBODY in ids:
+      raise RuntimeError(f"the queue is full: queue_size={self.queue_size} requests are live; step the engine first")
+    for id, (_, params) in zip(ids, checked, strict=True):
+      if params.stop:
+        stops[id] = StopWatch(tuple(params.stop), params.min_tokens)
+    return dataclasses.replace(state, scheduler=sched, stops=stops, idle=state.idle and not ids), ids
+
+  def check(self, prompt_ids: Sequence[int], params: Params, state: EngineState) -> tuple[list[int], Params]:
+    """The prompt as a list and the parameters with what is left open filled in; raises ValueError (see `submit`)."""
+    try:
+      ids = [operator.index(i) for i in prompt_ids]
+    except TypeError:
+      raise ValueError(f"prompt_ids must be token ids (integers), got {prompt_ids!r:.80}") from None
+    V = self.model.config.vocab_size
+    if not ids:
+      raise ValueError("prompt_ids must hold at least one token, got none")
+    bad = [i for i in ids + list(params.stop_ids) if not 0 <= i < V]
+    if bad:
+      raise ValueError(f"token ids must be in 0..{V - 1}, got {bad[:5]}")
+    params.check()
+    pinned = sum(state.prefixes.values())
+    room = min(self.max_seq_len, (self.num_pages - pinned) * self.page_size)
+    if len(ids) + 1 > room:
+      why = f"max_seq_len={self.max_seq_len}"
+      if room < self.max_seq_len:
+        why = f"the pool: ({self.num_pages} pages - {pinned} held for prefixes) x page_size={self.page_size}"
+      raise ValueError(f"prompt_ids must leave room for a token: at most {room - 1} tokens ({why}), got {len(ids)}")
+    stop_ids = tuple(params.stop_ids)
+    if not params.ignore_eos and self.model.tokenizer is not None:
+      stop_ids = tuple(dict.fromkeys(stop_ids + tuple(self.model.tokenizer.eos_ids)))
+    if len(stop_ids) > NUM_STOP_IDS:
+      raise ValueError(f"stop_ids must be at most {NUM_STOP_IDS}, the end tokens included, got {stop_ids}")
+    if params.stop:
+      self._tokenizer(f"stop={params.stop!r}")
+    return ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room - len(ids)), stop_ids=stop_ids)
+
+  def step(self, state: EngineState) -> tuple[EngineState, Events]:
+    """Runs one step: the streaming driver. Consumes `state.kv`; `state.scheduler` stays good.
+
+    Raises:
+      RuntimeError: `state.kv` was consumed by an earlier step.
+    """
+    sched, kv, events, live = self._dispatch(self._step, state)
+    state, (events,) = self._after(state, sched, kv, [events], live)
+    return state, events
+
+  def run(self, state: EngineState, num_steps: int | None = None) -> tuple[EngineState, list[Events]]:
+    """Runs up to `num_steps` steps in one program: the device driver. Consumes `state.kv`.
+
+    It returns early when no request is live. Stop strings are looked for when it returns; what was computed after
+    one is cut, so that the tokens are those of `step`.
+
+    Args:
+      state: as for `step`.
+      num_steps: at most `steps_per_dispatch`, which None stands for.
+    """
+    num_steps = self.steps_per_dispatch if num_steps is None else num_steps
+    if not 1 <= num_steps <= self.steps_per_dispatch:
+      raise ValueError(f"num_steps must be in 1..steps_per_dispatch={self.steps_per_dispatch}, got {num_steps}")
+    sched, kv, (events, done), live = self._dispatch(self._run, state, np.int32(num_steps))
+    steps = [jax.tree.map(lambda a, i=i: a[i], events) for i in range(int(done))]
+    return self._after(state, sched, kv, steps, live)
+
+  def cancel(self, state: EngineState, request: int) -> EngineState:
+    """Ends a request, waiting or running; its pages are free at once. An unknown or ended one changes nothing."""
+    sched = self._cancel(state.scheduler, jnp.int32(request))
+    stops = {id: stop for id, stop in state.stops.items() if id != request}
+    prefixes = {id: pages for id, pages in state.prefixes.items() if id != request}
+    return dataclasses.replace(
+      state, scheduler=sched, stops=stops, prefixes=prefixes, idle=not np.asarray(sched.live).any()
+    )
+
+  def add_prefix(self, state: EngineState, prefix_ids: Sequence[int]) -> tuple[EngineState, int]:
+    """Holds a prefix: it is prefilled once, and requests submitted later that start with it share its pages.
+
+    Let it go with `cancel`. It holds its pages until then.
+
+    Raises:
+      ValueError: an empty or too long prefix, or one beside which a live request would no longer fit the pool.
+      RuntimeError: all `num_prefixes` holders are taken.
+    """
+    ids, params = self.check(prefix_ids, Params(max_tokens=1), state)
+    pages = cdiv(len(ids), self.page_size)
+    sched = state.scheduler
+    live, longest = np.asarray(sched.live), np.asarray(sched.requests.prompt_lens + sched.requests.max_tokens)
+    room = self.num_pages - sum(state.prefixes.values()) - pages
+    most = cdiv(int(longest[live].max(initial=0)), self.page_size)
+    if most > room:
+      raise ValueError(f"prefix_ids of {pages} pages would leave {room} pages, and a live request may need {most}")
+    new, (id,) = self._submit(sched, rows([(ids, params)], 1, self.max_seq_len, hold=True))
+    if int(id) == NOBODY:
+      raise RuntimeError(f"no room to hold a prefix: num_prefixes={self.num_prefixes}, queue_size={self.queue_size}")
+    prefixes = {**state.prefixes, int(id): pages}
+    return dataclasses.replace(state, scheduler=new, prefixes=prefixes, idle=False), int(id)
+
+  def output(self, state: EngineState, request: int) -> list[int]:
+    """Output tokens of a request so far; readable after its end until its row is used again.
+
+    Raises:
+      KeyError: the request is not (or no longer) kept.
+    """
+    sched = state.scheduler
+    (row,) = np.nonzero(np.asarray(sched.arrival) == request)
+    if request < 0 or not row.size:
+      raise KeyError(f"request {request} is not kept (queue_size={self.queue_size})")
+    r = int(row[0])
+    start, end = int(sched.requests.prompt_lens[r]), int(sched.requests.num_tokens[r])
+    return np.asarray(sched.requests.tokens[r, start:end]).tolist()
+
+  # The closed loop.
+
+  def generate(self, prompts: Sequence[Prompt], **params: Any) -> list[str]:
+    """The text that follows each prompt (text, token ids or chat messages); `params` are fields of `Params`.
+
+    Raises:
+      ValueError: a prompt or parameter is not good; the text names the prompt. Nothing is run.
+    """
+    results = self.complete([(prompt, Params(**params)) for prompt in prompts])
+    for i, result in enumerate(results):
+      if result.error:
+        raise ValueError(f"prompts[{i}]: {result.error}")
+    return [result.text for result in results]
+
+  def complete(
+    self,
+    requests: Sequence[tuple[Prompt, Params]],
+    *,
+    driver: str = "host",
+    share_prefix: bool = True,
+    progress: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
+    on_events: Callable[[Events], None] | None = None,
+  ) -> list[Completion]:
+    """Serves requests to their ends, in a state of its own. A request that is not good disturbs no other.
+
+    Args:
+      requests: prompts with their parameters; all arrive at once, in this order.
+      driver: "host" for one step a dispatch, "device" for many. The tokens are the same.
+      share_prefix: prefill once what all prompts start with, when it is at least a page.
+      progress: show a progress bar.
+      on_text: called with a request's index and its next piece of text, whole characters, stop strings left out.
+      on_events: called with the `Events` of every step.
+
+    Returns:
+      A completion for each request; `finish` is "error" for those that could not be served.
+
+    Raises:
+      ValueError: an unknown driver.
+    """
+    if driver not in ("host", "device"):
+      raise ValueError(f"driver must be 'host' or 'device', got {driver!r}")
+    state, start = self.init(), time.perf_counter()
+    done: dict[int, Completion] = {}
+    good: dict[int, tuple[list[int], Params]] = {}
+    for i, (prompt, params) in enumerate(requests):
+      try:
+        good[i] = self.check(self.encode(prompt), params, state)
+      except ValueError as error:
+        done[i] = Completion(prompt_ids=(), output_ids=(), logprobs=(), text="", finish="error", error=str(error))
+    if share_prefix:
+      state = self._share(state, list(good.values()))
+
+    queue, live = list(good), {}  # indices not yet submitted; id to (index, transcript)
+    bar = tqdm(total=len(requests), initial=len(done), unit="request", disable=not progress, smoothing=0)
+    num_tokens = 0
+    while queue or live:
+      room = self.queue_size - len(live) - len(state.prefixes)
+      now, queue = queue[:room], queue[room:]
+      state, ids = self.submit_many(state, [good[i] for i in now])
+      for id, i in zip(ids, now, strict=True):
+        live[id] = i, Transcript(*good[i], self.model.tokenizer)
+      state, steps = self.run(state) if driver == "device" else self._one(state)
+      clock = time.perf_counter() - start
+      for events in steps:
+        for event in events:
+          i, transcript = live[event.request]
+          text = transcript.push(event, clock)
+          if text and on_text:
+            on_text(i, text)
+          if event.done:
+            done[i] = transcript.completion(event.finish, clock)
+        for id in events.ended:
+          done[live[id][0]] = live[id][1].completion("length", clock)
+        for id in [id for id, (i, _) in live.items() if i in done]:
+          del live[id]
+        num_tokens += len(events)
+        bar.set_postfix_str(
+          f"{num_tokens / clock:.0f} tok/s, {events.pages_held}/{self.num_pages} pages", refresh=False
+        )
+        bar.update(len(done) - bar.n)
+        if on_events:
+          on_events(events)
+    bar.close()
+    return [done[i] for i in range(len(requests))]
+
+  def encode(self, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt: text, token ids or chat messages (through the chat template)."""
+    if isinstance(prompt, str):
+      return self._tokenizer(f"a text prompt ({prompt!r:.40})").encode(prompt)
+    try:
+      messages = [part for part in prompt if isinstance(part, Mapping)]
+      ids = [operator.index(part) for part in prompt if not isinstance(part, Mapping)]
+    except TypeError:
+      raise ValueError(f"a prompt must be text, token ids or chat messages, got {prompt!r:.80}") from None
+    if messages and ids:
+      raise ValueError(f"a prompt must be text, token ids or chat messages, not a mixture, got {prompt!r:.80}")
+    if messages:
+      tokenizer = self._tokenizer("a chat prompt")
+      return tokenizer.encode(tokenizer.apply_chat_template(messages))
+    return ids
+
+  def _tokenizer(self, who: str) -> Tokenizer:
+    if self.model.tokenizer is None:
+      raise ValueError(f"{who} needs a tokenizer, and this model has none")
+    return self.model.tokenizer
+
+  def _one(self, state: EngineState) -> tuple[EngineState, list[Events]]:
+    state, events = self.step(state)
+    return state, [events]
+
+  def _share(self, state: EngineState, requests: Sequence[tuple[list[int], Params]]) -> EngineState:
+    """Holds what all prompts start with, if that is a page or more and every request still fits beside it."""
+    if len(requests) < 2:
+      return state
+    common = os.path.commonprefix([ids for ids, _ in requests])
+    longest = max(len(ids) + params.max_tokens for ids, params in requests)
+    pages = cdiv(len(common), self.page_size) + cdiv(longest, self.page_size)
+    if len(common) < self.page_size or pages > self.num_pages or self.queue_size < 2:
+      return state
+    return self.add_prefix(state, common)[0]
+
+  # The host part.
+
+  def _dispatch(self, program: Callable, state: EngineState, *args):
+    if state.kv.k.is_deleted():
+      raise RuntimeError("state.kv was consumed by an earlier step: the pool is linear; go on from that step's state")
+    sched, kv, events, live = program(self.model.params, state.scheduler, state.kv, *args)
+    events, live = jax.device_get((events, live))
+    return sched, kv, events, bool(live)
+
+  def _after(self, state: EngineState, sched, kv, steps, live: bool) -> tuple[EngineState, list[Events]]:
+    """Events of each step for the host, cut where a stop string appears."""
+    stops, cut, out = dict(state.stops), set(), []
+    for step in steps:
+      tokens = []
+      for slot in np.flatnonzero(step.ids >= 0):
+        id, token, finish = int(step.ids[slot]), int(step.tokens[slot]), int(step.finish[slot])
+        if id in cut:
+          continue
+        if id in stops:
+          stops[id], found = stops[id].push(token, self._tokenizer("stop"))
+          if found:
+            cut.add(id)
+            finish = STOP
+            sched = self._cancel(sched, id, finish, stops[id].num_tokens)
+        if finish:
+          stops.pop(id, None)
+        name = FINISH_NAMES[finish]
+        tokens.append(Event(id, token, bool(finish), float(step.logprobs[slot]), name))
+      counts = {f: int(getattr(step, f)) for f in _COUNTS}
+      preempted = tuple(int(i) for i in step.preempted if i >= 0)
+      ended = (int(step.ended),) if step.ended >= 0 else ()
+      out.append(Events(tokens=tuple(tokens), ended=ended, preempted=preempted, **counts))
+      for id in ended:
+        stops.pop(id, None)
+    if cut:
+      live = bool(np.asarray(sched.live).any())
+    if self.debug:
+      page_table.check(sched.table)
+    return EngineState(scheduler=sched, kv=kv, idle=not live, stops=stops, prefixes=state.prefixes), out
+
+
+_COUNTS = ("num_scheduled", "num_running", "num_waiting", "pages_held", "pages_shared", "tokens_held")
+
+
+def _check_sizes(**sizes: int) -> None:
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f"{name} must be at least 1, got {size}")

@@ -1,0 +1,403 @@
+"""The scheduler: who runs, what is granted, who is done. Pure functions over an immutable `State`.
+
+    state, ids    = submit(state, requests)            queue requests
+    state, plan   = plan(state, token_budget=...)      admit, share, grant, preempt: everything one step needs
+    packed        = pack(state, plan, num_tokens)      the packed tokens that the model reads
+    state, events = commit(state, plan, tokens, ...)   append, stop, release
+    state         = cancel(state, id)                  end a request from outside
+
+All of them run inside `jit`; none waits, raises or clamps. First come, first served: a request keeps its place in the
+order from arrival to end, whatever happens to it, so that the running requests always arrived before the waiting ones.
+
+R requests, S slots, X prefix holders, C tokens kept per request, N pages. Sources: continuous batching, Yu et al. 2022
+(Orca); pages on demand and preemption by recomputing, Kwon et al. 2023 section 4.5; chunked prefill beside decoding,
+Agrawal et al. 2024 (Sarathi-Serve).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from paged_flash.cache import page_table, prefix
+from paged_flash.cache.page_table import NO_PAGE, cdiv
+from paged_flash.sampling import Sampling
+from paged_flash.state import (
+  CANCELLED,
+  HELD,
+  LENGTH,
+  LIVE,
+  NOBODY,
+  NUM_STOP_IDS,
+  STOP,
+  Packed,
+  Requests,
+  State,
+  StepEvents,
+  StepPlan,
+)
+
+_LAST = jnp.iinfo(jnp.int32).max
+
+
+def init(
+  *,
+  num_slots: int,
+  pages_per_slot: int,
+  num_pages: int,
+  page_size: int,
+  num_requests: int,
+  max_seq_len: int,
+  num_stop_ids: int = NUM_STOP_IDS,
+  num_prefixes: int = 1,
+) -> State:
+  """An empty state.
+
+  Args:
+    num_slots: requests that may run together, S.
+    pages_per_slot: pages one sequence may hold, P.
+    num_pages: pages in the pool, N.
+    page_size: tokens per page.
+    num_requests: requests kept, waiting, running or ended, R.
+    max_seq_len: tokens kept per request, C; 0 for a simulation that has none.
+    num_stop_ids: stop ids per request, I.
+    num_prefixes: prefixes that can be held at once, X.
+  """
+  table = page_table.init(
+    num_slots=num_slots + num_prefixes, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size
+  )
+  R = num_requests
+
+  def zeros(*shape, dtype=jnp.int32):
+    return jnp.zeros(shape, dtype)
+
+  sampling = Sampling(
+    temperature=zeros(R, dtype=jnp.float32),
+    top_k=zeros(R),
+    top_p=jnp.ones(R, jnp.float32),
+    seed=zeros(R, dtype=jnp.uint32),
+  )
+  requests = Requests(
+    tokens=zeros(R, max_seq_len),
+    prompt_lens=zeros(R),
+    num_tokens=zeros(R),
+    min_tokens=zeros(R),
+    max_tokens=zeros(R),
+    stop_ids=jnp.full((R, num_stop_ids), NOBODY, jnp.int32),
+    hold=zeros(R, dtype=jnp.bool),
+    sampling=sampling,
+  )
+  return State(
+    table=table,
+    requests=requests,
+    arrival=jnp.full(R, NOBODY, jnp.int32),
+    finish=zeros(R),
+    prefix=jnp.full(R, NOBODY, jnp.int32),
+    preemptions=zeros(R),
+    running=jnp.full(num_slots, NOBODY, jnp.int32),
+    holders=jnp.full(num_prefixes, NOBODY, jnp.int32),
+    num_arrived=jnp.int32(0),
+  )
+
+
+def submit(state: State, new: Requests) -> tuple[State, jax.Array]:
+  """Queues requests in the order given.
+
+  A row is taken from those never used first, then from the requests that ended longest ago (their tokens can be read
+  until then).
+
+  Args:
+    state: stays good.
+    new: [B] requests; a prompt length of 0 marks none.
+
+  Returns:
+    state: with the requests waiting.
+    ids: i32[B]; NOBODY for a request that was refused, because R are live or, for a prefix to hold, all X holders are
+      taken. A refusal changes nothing.
+  """
+  R, B = state.arrival.size, new.prompt_lens.size
+  wanted = new.prompt_lens > 0
+  free_holders = jnp.sum(state.holders == NOBODY)
+  wanted &= ~new.hold | (jnp.cumsum(new.hold & wanted) <= free_holders)
+
+  usable = ~state.live & (state.finish != HELD)
+  by_age = jnp.argsort(jnp.where(usable, state.arrival, _LAST))[:B]  # i32[min(B, R)]
+  number = jnp.cumsum(wanted) - 1  # i32[B]  0, 1, 2 ... for the wanted
+  accepted = wanted & (number < jnp.minimum(jnp.sum(usable), by_age.size))
+  rows = jnp.where(accepted, by_age[jnp.minimum(number, by_age.size - 1)], R)  # R: nowhere
+  ids = jnp.where(accepted, state.num_arrived + number, NOBODY)
+
+  held = jnp.where(state.holders >= 0, state.requests.prompt_lens[state.holders], 0)
+  holder = prefix.match(new.tokens, new.prompt_lens, state.requests.tokens[state.holders], held)  # i32[B]
+  found = jnp.where((holder >= 0) & ~new.hold, state.holders[holder], NOBODY)
+
+  free = jnp.argsort(state.holders != NOBODY, stable=True)  # free holders first
+  place = jnp.where(accepted & new.hold, free[jnp.cumsum(new.hold & accepted) - 1], state.holders.size)
+  state = dataclasses.replace(
+    state,
+    requests=jax.tree.map(lambda old, values: old.at[rows].set(values, mode="drop"), state.requests, new),
+    arrival=state.arrival.at[rows].set(ids, mode="drop"),
+    finish=state.finish.at[rows].set(LIVE, mode="drop"),
+    prefix=state.prefix.at[rows].set(found, mode="drop"),
+    preemptions=state.preemptions.at[rows].set(0, mode="drop"),
+    holders=state.holders.at[place].set(rows, mode="drop"),
+    num_arrived=state.num_arrived + jnp.sum(accepted, dtype=jnp.int32),
+  )
+  return state, ids
+
+
+def plan(state: State, *, token_budget: int, chunk_size: int | None = None) -> tuple[State, StepPlan]:
+  """Decides one step: admits, shares, schedules within the token budget, grants, preempts where it must.
+
+  1. Waiting requests are put beside the running ones, in order of arrival, on the free slots.
+  2. Every decoding slot gets its token; what is left of the budget goes to prefill chunks in order.
+  3. Waiting requests are admitted while the pages of their whole prompts fit what is free and not yet spoken for.
+  4. When the pool cannot serve the running requests, the last to arrive lose their pages (preempted, to be
+     recomputed later), as few as will do; the last one that need not lose them only pauses.
+
+  The first request in order is always served: when all others have given way and its pages are still not there, it
+  can never go on, and is ended as `LENGTH` by the commit.
+
+  Args:
+    state: stays good.
+    token_budget: tokens that one step computes at most; at least S.
+    chunk_size: prompt tokens that one request computes in one step at most; None for the budget.
+
+  Returns:
+    state: with slots filled and pages granted.
+    plan: the step.
+  """
+  S, table = state.running.size, state.table
+  chunk_size = min(chunk_size or token_budget, token_budget)
+
+  # 1. Candidates: the running request of each slot, or the next waiting one for a free slot. All below is [S], and
+  # from here on in order of arrival.
+  was_running = state.running >= 0
+  queue = jnp.argsort(jnp.where(state.waiting, state.arrival, _LAST))
+  number = jnp.cumsum(~was_running) - 1  # of each free slot
+  waits = ~was_running & (number < jnp.sum(state.waiting))
+  row = jnp.where(was_running, state.running, queue[jnp.minimum(number, queue.size - 1)])
+  slot = jnp.argsort(jnp.where(was_running | waits, state.arrival[row], _LAST))
+  row, runs, waits = row[slot], was_running[slot], waits[slot]
+  num_tokens = state.requests.num_tokens[row]
+
+  parent, ready = _parent(state, row)
+  shares = waits & (parent >= 0) & ready
+  computed = jnp.where(runs, table.seq_lens[slot], 0)
+  computed = jnp.where(shares, jnp.minimum(table.seq_lens[parent], num_tokens - 1), computed)
+  remaining = num_tokens - computed
+
+  # 2. Tokens.
+  decodes = runs & (remaining == 1)
+  wanted = jnp.where((runs | waits) & ~decodes, jnp.minimum(remaining, chunk_size), 0)
+  before = jnp.sum(decodes) + jnp.cumsum(wanted) - wanted
+  take = jnp.where(decodes, 1, jnp.clip(token_budget - before, 0, wanted))
+
+  # 3. Pages. A running request speaks for all its known tokens, so that an admission cannot starve its prefill.
+  def pages(tokens):  # pages to take, to go from `computed` to `computed + tokens`
+    return cdiv(computed + tokens, table.page_size) - cdiv(computed, table.page_size) + (copies & (tokens > 0))
+
+  last = table.pages[slot, jnp.maximum(cdiv(computed, table.page_size) - 1, 0)]
+  copies = (computed % table.page_size > 0) & (shares | (runs & (table.ref_counts[last] > 1)))
+  need = jnp.where(runs, pages(take), 0)
+  spoken_for = jnp.where(runs, pages(remaining), jnp.where(waits, pages(remaining + 1), 0))
+  free = table.num_free
+  blocked = waits & ((take == 0) | ((parent >= 0) & ~ready) | (jnp.cumsum(spoken_for) > free))
+  starved = jnp.sum(need) > free
+  admitted = waits & (jnp.cumsum(blocked) == 0) & ~starved
+
+  # 4. Preemption.
+  served, kept = lax.cond(starved, _victims, lambda *_: (runs, runs), state, slot, runs, need, free)
+  victims = runs & ~kept
+  hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted & (jnp.cumsum(spoken_for) > free))
+  doomed = jnp.where(hopeless[0], row[0], NOBODY)
+  take = jnp.where((runs & served) | admitted, take, 0)
+
+  # Back to slot order, and into the table.
+  back = jnp.argsort(slot)
+  row, kept, admitted, shares, victims, take = (a[back] for a in (row, kept, admitted, shares, victims, take))
+  parent, computed, num_tokens = parent[back], computed[back], num_tokens[back]
+  rows = jnp.where(kept | admitted, row, NOBODY)
+  holders = state.holders.size
+  table = lax.cond(
+    jnp.any(victims), lambda t: page_table.release(t, jnp.pad(victims, (0, holders))), lambda t: t, table
+  )
+  child = jnp.where(admitted & shares, jnp.arange(S), NOBODY)
+  table = lax.cond(jnp.any(child >= 0), lambda t: page_table.fork(t, parent, child, computed), lambda t: t, table)
+  most = cdiv(token_budget, table.page_size) + 2 * S
+  table, page_copies, granted = page_table.extend(table, jnp.pad(take, (0, holders)), max_pages=most)
+  take = jnp.where(granted[:S], take, 0)
+
+  state_out = dataclasses.replace(
+    state,
+    table=table,
+    running=rows,
+    preemptions=state.preemptions.at[jnp.where(victims, row, state.arrival.size)].add(1, mode="drop"),
+  )
+  return state_out, StepPlan(
+    rows=rows,
+    starts=jnp.where(rows >= 0, computed, 0),
+    scheduled=take,
+    samples=(take > 0) & (computed + take == num_tokens) & ~state.requests.hold[row],
+    copies=page_copies,
+    preempted=jnp.where(victims, state.arrival[row], NOBODY),
+    doomed=doomed,
+  )
+
+
+def pack(state: State, plan: StepPlan, num_tokens: int | None) -> Packed:
+  """The packed tokens of a planned step.
+
+  Args:
+    state: as `plan` returned it.
+    plan: the step.
+    num_tokens: T, at least the tokens scheduled; None for a `decode_only` plan: T = S, token i in slot i.
+  """
+  S = plan.scheduled.size
+  kv_lens = jnp.where(plan.scheduled > 0, plan.starts + plan.scheduled, 0)
+  if num_tokens is None:
+    slot, inside, query_starts, last = jnp.arange(S), plan.scheduled > 0, None, jnp.arange(S)
+    position = plan.starts
+  else:
+    query_starts = jnp.pad(jnp.cumsum(plan.scheduled), (1, 0))  # i32[S+1]
+    index = jnp.arange(num_tokens)
+    slot = jnp.searchsorted(query_starts[1:], index, side="right", method="compare_all")
+    inside, slot = slot < S, jnp.minimum(slot, S - 1)
+    position = jnp.where(inside, plan.starts[slot] + index - query_starts[slot], 0)
+    last = jnp.maximum(query_starts[1:] - 1, 0)
+  page = state.table.pages[slot, position // state.table.page_size]
+  return Packed(
+    tokens=jnp.where(inside, state.requests.tokens[plan.rows[slot], position], 0),
+    positions=position,
+    pages=jnp.where(inside, page, NO_PAGE),
+    offsets=position % state.table.page_size,
+    query_starts=query_starts,
+    kv_lens=kv_lens,
+    last=last,
+  )
+
+
+def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array) -> tuple[State, StepEvents]:
+  """Takes in what the model said: appends the tokens, ends and releases the requests that are done.
+
+  Args:
+    state: as `plan` returned it; stays good.
+    plan: the step that was run.
+    tokens: i32[S], the next token of each slot; read where the plan samples.
+    logprobs: f32[S].
+
+  Returns:
+    The new state, in which finished slots are empty and their pages free, and the events of the step.
+  """
+  R, S, requests, table = state.arrival.size, state.running.size, state.requests, state.table
+  row = plan.rows
+  at = jnp.where(plan.samples, row, R)
+  num_tokens = requests.num_tokens[row] + 1
+  output = num_tokens - requests.prompt_lens[row]
+  stop = jnp.any(requests.stop_ids[row] == tokens[:, None], axis=1) & (output >= requests.min_tokens[row])
+  finish = jnp.where(stop, STOP, jnp.where(output >= requests.max_tokens[row], LENGTH, LIVE))
+  finish = jnp.where(plan.samples, finish, LIVE)
+  doomed = jnp.where(plan.doomed >= 0, plan.doomed, R)  # R: no row
+  held = (row >= 0) & requests.hold[row] & (plan.starts + plan.scheduled == requests.prompt_lens[row])
+  done = (finish != LIVE) | held | (row == doomed)
+
+  events = StepEvents(
+    ids=jnp.where(plan.samples, state.arrival[row], NOBODY),
+    tokens=tokens,
+    logprobs=logprobs,
+    finish=finish,
+    ended=jnp.where(plan.doomed >= 0, state.arrival[plan.doomed], NOBODY),
+    preempted=plan.preempted,
+    num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
+    num_running=jnp.sum(row >= 0, dtype=jnp.int32),
+    num_waiting=jnp.sum(state.waiting, dtype=jnp.int32),
+    pages_held=table.num_pages - table.num_free,
+    pages_shared=jnp.sum(table.ref_counts > 1, dtype=jnp.int32),
+    tokens_held=jnp.sum(table.seq_lens, dtype=jnp.int32),
+  )
+
+  def end(table):
+    holder = jnp.argmax(state.holders == row[:, None], axis=1) + S  # i32[S]
+    table = page_table.fork(table, jnp.arange(S), jnp.where(held, holder, NOBODY))
+    return page_table.release(table, jnp.pad(done, (0, state.holders.size)))
+
+  state = dataclasses.replace(
+    state,
+    table=lax.cond(jnp.any(done), end, lambda t: t, table),
+    requests=dataclasses.replace(
+      requests,
+      tokens=requests.tokens.at[at, num_tokens - 1].set(tokens, mode="drop"),
+      num_tokens=requests.num_tokens.at[at].set(num_tokens, mode="drop"),
+    ),
+    finish=state.finish.at[jnp.where(done, row, R)]
+    .set(jnp.where(held, HELD, finish), mode="drop")
+    .at[doomed]
+    .set(LENGTH, mode="drop"),
+    prefix=jnp.where(state.prefix == doomed, NOBODY, state.prefix),
+    holders=jnp.where(state.holders == doomed, NOBODY, state.holders),
+    running=jnp.where(done, NOBODY, row),
+  )
+  return state, events
+
+
+def cancel(
+  state: State, id: jax.Array, finish: jax.Array | int = CANCELLED, keep: jax.Array | int | None = None
+) -> State:
+  """Ends a request from outside, waiting or running; its pages are free at once. Unknown ids do nothing.
+
+  Args:
+    state: stays good.
+    id: i32[], the request, or the held prefix to let go.
+    finish: why it ended.
+    keep: i32[], output tokens to keep of those it has; None for all. (A stop string found late cuts what came after
+      it, even of a request that has ended meanwhile.)
+  """
+  is_it = (state.arrival == id) & (state.arrival >= 0)  # bool[R]
+  is_it &= state.live | (state.finish == HELD) | (keep is not None)
+  row = jnp.where(jnp.any(is_it), jnp.argmax(is_it), -2)  # -2: no row
+  num_tokens = state.requests.num_tokens
+  if keep is not None:
+    num_tokens = jnp.where(is_it, jnp.minimum(num_tokens, state.requests.prompt_lens + keep), num_tokens)
+  gone = jnp.concatenate([state.running, state.holders]) == row
+  return dataclasses.replace(
+    state,
+    table=page_table.release(state.table, gone),
+    requests=dataclasses.replace(state.requests, num_tokens=num_tokens),
+    finish=jnp.where(is_it, finish, state.finish),
+    prefix=jnp.where(state.prefix == row, NOBODY, state.prefix),
+    running=jnp.where(state.running == row, NOBODY, state.running),
+    holders=jnp.where(state.holders == row, NOBODY, state.holders),
+  )
+
+
+def _parent(state: State, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Slot (i32[S]) that holds the prefix each request starts with, NOBODY if none; and whether it is computed."""
+  wanted = state.prefix[row]
+  is_holder = (state.holders == wanted[:, None]) & (wanted >= 0)[:, None]  # bool[S, X]
+  parent = jnp.where(jnp.any(is_holder, axis=1), jnp.argmax(is_holder, axis=1) + state.running.size, NOBODY)
+  return parent, state.finish[wanted] == HELD
+
+
+def _victims(state: State, slot, runs, need, free) -> tuple[jax.Array, jax.Array]:
+  """Whom to serve and whom to keep when the pool cannot serve all. Everything [S], in order of arrival.
+
+  Serving the first m requests takes the sum of their needs; pages come from the free ones and from those that only
+  later requests hold. Both sides are monotone in m, so the most that can be served is a count.
+
+  Returns:
+    served: bool[S] compute in this step.
+    kept: bool[S] keep their slots and pages: the served, and the one after them if its pages are not needed.
+  """
+  S, table = runs.size, state.table
+  rank = jnp.full(table.num_slots, -1).at[slot].set(jnp.arange(S))  # holders: -1, never given up
+  held = jnp.where(table.pages >= 0, table.pages, table.num_pages)
+  first = jnp.full(table.num_pages, S).at[held].min(rank[:, None], mode="drop")  # earliest holder of each page
+  only = jnp.zeros(S, jnp.int32).at[jnp.where((first >= 0) & (table.ref_counts > 0), first, S)].add(1, mode="drop")
+  freed = jnp.cumsum(only[::-1])[::-1]  # freed[m]: pages held by nobody before rank m
+  cost = jnp.cumsum(need)  # cost[m - 1]: to serve the first m
+  m = jnp.sum(runs & (cost <= free + jnp.pad(freed[1:], (0, 1))))
+  spent = jnp.where(m > 0, cost[m - 1], 0)
+  pauses = spent <= free + jnp.where(m + 1 < S, freed[jnp.minimum(m + 1, S - 1)], 0)
+  order = jnp.arange(S)
+  return runs & (order < m), runs & (order < m + pauses)

@@ -1,0 +1,114 @@
+"""The scheduler's state, and what it hands to a step: frozen dataclasses of small arrays.
+
+R requests, S slots, X prefix holders, C tokens kept per request, T packed tokens. NOBODY (-1) marks an absent row,
+slot or id.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from paged_flash.cache.page_table import PageCopies, PageTable
+from paged_flash.sampling import Sampling
+
+NOBODY = -1
+NUM_STOP_IDS = 8  # per request
+LIVE, STOP, LENGTH, CANCELLED, HELD = range(5)  # values of `State.finish`
+FINISH_NAMES = ("", "stop", "length", "cancelled", "held")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Requests:
+  """What users asked for, and the tokens so far."""
+
+  tokens: jax.Array  # i32[R, C]  the prompt, then the output; C may be 0 where nobody reads tokens (a simulation)
+  prompt_lens: jax.Array  # i32[R]
+  num_tokens: jax.Array  # i32[R]  prompt and output
+  min_tokens: jax.Array  # i32[R]  stop ids do not count before so many output tokens
+  max_tokens: jax.Array  # i32[R]  output tokens at most
+  stop_ids: jax.Array  # i32[R, I]  NOBODY where unused
+  hold: jax.Array  # bool[R]  a prefix: computed, then held for others to share
+  sampling: Sampling  # [R]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+  """The whole memory state of a serving engine but the pool's bytes. Keep it, compare it, fork it: it never changes.
+
+  Tokens whose K and V are computed are the table's `seq_lens`; a request is running when a slot names it, waiting
+  when it is live and no slot does.
+  """
+
+  table: PageTable  # S + X rows: the slots, then the prefix holders
+  requests: Requests  # [R]
+  arrival: jax.Array  # i32[R]  number of the request, in order of arrival: its id; NOBODY in a row never used
+  finish: jax.Array  # i32[R]  LIVE, or why it ended
+  prefix: jax.Array  # i32[R]  row of the held prefix that the prompt starts with; NOBODY
+  preemptions: jax.Array  # i32[R]  times it lost its slot
+  running: jax.Array  # i32[S]  row of the request in each slot; NOBODY
+  holders: jax.Array  # i32[X]  row of the prefix that each holder keeps, or will; NOBODY
+  num_arrived: jax.Array  # i32[]
+
+  @property
+  def live(self) -> jax.Array:  # bool[R]
+    return (self.arrival >= 0) & (self.finish == LIVE)
+
+  @property
+  def waiting(self) -> jax.Array:  # bool[R]
+    at = jnp.where(self.running >= 0, self.running, self.arrival.size)
+    return self.live.at[at].set(False, mode="drop")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPlan:
+  """Everything one step needs, derived once."""
+
+  rows: jax.Array  # i32[S]  request row in each slot; NOBODY
+  starts: jax.Array  # i32[S]  tokens computed before the step
+  scheduled: jax.Array  # i32[S]  tokens to compute in the step
+  samples: jax.Array  # bool[S]  slots whose next token the step yields
+  copies: PageCopies  # [S + X]  to make before anything is written
+  preempted: jax.Array  # i32[S]  id of the request that lost the slot; NOBODY
+  doomed: jax.Array  # i32[]  row of a request that no pool state can serve any more; NOBODY
+
+  @property
+  def decode_only(self) -> jax.Array:  # bool[]
+    """No slot computes more than one token."""
+    return jnp.all(self.scheduled <= 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+  """The tokens of one step, packed without gaps in slot order; padding at the end."""
+
+  tokens: jax.Array  # i32[T]
+  positions: jax.Array  # i32[T]
+  pages: jax.Array  # i32[T]  page that each token's K and V go to; NO_PAGE for padding
+  offsets: jax.Array  # i32[T]  place inside that page
+  query_starts: jax.Array | None  # i32[S+1]  first token of each slot; None when token i belongs to slot i
+  kv_lens: jax.Array  # i32[S]  tokens to attend to, the new ones included; 0 for a slot that computes nothing
+  last: jax.Array  # i32[S]  index of each slot's last token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepEvents:
+  """What one step did, small enough to send to the host every time."""
+
+  ids: jax.Array  # i32[S]  the request that got a token; NOBODY
+  tokens: jax.Array  # i32[S]
+  logprobs: jax.Array  # f32[S]
+  finish: jax.Array  # i32[S]  LIVE, or why the request ended with this token
+  ended: jax.Array  # i32[]  id of a request that ended without a token (LENGTH: the pool cannot hold it); NOBODY
+  preempted: jax.Array  # i32[S]  ids that lost their slot
+  num_scheduled: jax.Array  # i32[]  tokens computed
+  num_running: jax.Array  # i32[]  slots in use during the step
+  num_waiting: jax.Array  # i32[]
+  pages_held: jax.Array  # i32[]  pages with a ref count above 0 during the step
+  pages_shared: jax.Array  # i32[]  of these, held more than once
+  tokens_held: jax.Array  # i32[]  tokens of K and V in all slots and holders; a shared page counts for each
