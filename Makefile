@@ -10,14 +10,15 @@ COMPILE = uv pip compile --quiet --no-header --python-version 3.12 --generate-ha
 DEMO = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["demo"], sep="\n")
 export PYTHON
 
-.PHONY: help demo test lint lock clean
+.PHONY: help demo test lint notebooks lock clean
 
 help:
-	@echo 'make demo    serve 24 chat requests with a small real model, on CPU'
-	@echo 'make test    lint, types, tests, notebooks and every config at smoke size, on CPU'
-	@echo 'make lint    ruff and pyright alone'
-	@echo 'make lock    pin the dependencies anew (needs uv; LOCK_FLAGS=--upgrade for newer versions)'
-	@echo 'make clean   remove .venv and caches'
+	@echo 'make demo        serve 24 chat requests with a small real model, on CPU'
+	@echo 'make test        lint, types, tests, notebooks and every config at smoke size, on CPU'
+	@echo 'make lint        ruff and pyright alone'
+	@echo 'make notebooks   run the notebooks anew from their scripts and keep the outputs'
+	@echo 'make lock        pin the dependencies anew (needs uv; LOCK_FLAGS=--upgrade for newer versions)'
+	@echo 'make clean       remove .venv and caches'
 
 $(INSTALLED): $(LOCK) requirements-demo.lock pyproject.toml
 	@bash .ci/install '$(LOCK)'
@@ -34,6 +35,10 @@ lint: $(INSTALLED)
 test: export JAX_PLATFORMS = cpu
 test: lint
 	@$(PY) -m pytest -m 'not gpu' -n $(WORKERS) --dist loadfile
+
+notebooks: $(INSTALLED)
+	@$(PY) -m jupytext --quiet --to ipynb notebooks/*.py
+	@$(PY) -c 'from nbclient.cli import main; main()' --inplace notebooks/*.ipynb
 
 lock:
 	@$(COMPILE) --universal --extra dev --extra notebooks pyproject.toml -o requirements.lock

@@ -81,7 +81,7 @@ def flash_attention(
     >>> flash_attention(x, x, x, is_causal=True).shape
     (1, 4, 2, 8)
   """
-  problem, operands = _flash_call(
+  problem, operands = flash_problem(
     query,
     key,
     value,
@@ -165,7 +165,7 @@ def paged_attention(
     >>> paged_attention(jnp.ones((2, 6, 16)), k_pages, v_pages, pages, jnp.array([7, 3])).shape
     (2, 6, 16)
   """
-  problem, operands = _paged_call(
+  problem, operands = paged_problem(
     query,
     k_pages,
     v_pages,
@@ -242,7 +242,7 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> str:
       runs xla, block_q=128 block_kv=128
       reference: not needed, xla comes first
   """
-  calls = {flash_attention: _flash_call, paged_attention: _paged_call}
+  calls = {flash_attention: flash_problem, paged_attention: paged_problem}
   if op not in calls:
     raise ValueError(f"op must be flash_attention or paged_attention, got {op!r}")
   implementation = kwargs.pop("implementation", None)
@@ -314,7 +314,7 @@ def _nothing_to_attend(problem: FlashProblem, operands: FlashOperands) -> tuple[
 # --- checks: every public argument in, problem and operands out ------------------------------------------------------
 
 
-def _flash_call(
+def flash_problem(
   query: Any,
   key: Any,
   value: Any,
@@ -389,7 +389,7 @@ def _flash_call(
   return problem, FlashOperands(q, k, v, bias, sinks, mask, query_lens, kv_lens, query_segments, kv_segments)
 
 
-def _paged_call(
+def paged_problem(
   query: Any,
   k_pages: Any,
   v_pages: Any,

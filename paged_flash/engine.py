@@ -7,7 +7,6 @@ inside). Only the KV pool is donated; the scheduler's state is a small value tha
 
 import dataclasses
 import functools
-import operator
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,20 @@ from paged_flash import step as pure
 from paged_flash.cache import kv_pages, page_table
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import cdiv
-from paged_flash.models import Model, Tokenizer
-from paged_flash.requests import Completion, Event, Events, Params, Prompt, StopWatch, Transcript, rows
-from paged_flash.state import FINISH_NAMES, NOBODY, NUM_STOP_IDS, STOP, State
+from paged_flash.models import Model
+from paged_flash.requests import (
+  Completion,
+  Events,
+  Params,
+  Prompt,
+  StopWatch,
+  Transcript,
+  checked,
+  encode,
+  for_host,
+  rows,
+)
+from paged_flash.state import NOBODY, STOP, State
 
 _SUBMIT_BATCH = 32  # requests queued per dispatch
 
@@ -187,47 +197,34 @@ class Engine:
     self, state: EngineState, requests: Sequence[tuple[Sequence[int], Params]]
   ) -> tuple[EngineState, list[int]]:
     """Queues several requests, in order: all of them, or none when one is not good."""
-    checked = [self.check(prompt, params, state) for prompt, params in requests]
+    good = [self.check(prompt, params, state) for prompt, params in requests]
     sched, stops, ids = state.scheduler, dict(state.stops), []
-    for i in range(0, len(checked), _SUBMIT_BATCH):
-      batch = checked[i : i + _SUBMIT_BATCH]
+    for i in range(0, len(good), _SUBMIT_BATCH):
+      batch = good[i : i + _SUBMIT_BATCH]
       sched, new = self._submit(sched, rows(batch, 1 if len(batch) == 1 else _SUBMIT_BATCH, self.max_seq_len))
       ids += np.asarray(new)[: len(batch)].tolist()
     if NOBODY in ids:
       raise RuntimeError(f"the queue is full: queue_size={self.queue_size} requests are live; step the engine first")
-    for id, (_, params) in zip(ids, checked, strict=True):
+    for id, (_, params) in zip(ids, good, strict=True):
       if params.stop:
         stops[id] = StopWatch(tuple(params.stop), params.min_tokens)
     return dataclasses.replace(state, scheduler=sched, stops=stops, idle=state.idle and not ids), ids
 
   def check(self, prompt_ids: Sequence[int], params: Params, state: EngineState) -> tuple[list[int], Params]:
     """The prompt as a list and the parameters with what is left open filled in; raises ValueError (see `submit`)."""
-    try:
-      ids = [operator.index(i) for i in prompt_ids]
-    except TypeError:
-      raise ValueError(f"prompt_ids must be token ids (integers), got {prompt_ids!r:.80}") from None
-    V = self.model.config.vocab_size
-    if not ids:
-      raise ValueError("prompt_ids must hold at least one token, got none")
-    bad = [i for i in ids + list(params.stop_ids) if not 0 <= i < V]
-    if bad:
-      raise ValueError(f"token ids must be in 0..{V - 1}, got {bad[:5]}")
-    params.check()
     pinned = sum(state.prefixes.values())
-    room = min(self.max_seq_len, (self.num_pages - pinned) * self.page_size)
-    if len(ids) + 1 > room:
-      why = f"max_seq_len={self.max_seq_len}"
-      if room < self.max_seq_len:
-        why = f"the pool: ({self.num_pages} pages - {pinned} held for prefixes) x page_size={self.page_size}"
-      raise ValueError(f"prompt_ids must leave room for a token: at most {room - 1} tokens ({why}), got {len(ids)}")
-    stop_ids = tuple(params.stop_ids)
-    if not params.ignore_eos and self.model.tokenizer is not None:
-      stop_ids = tuple(dict.fromkeys(stop_ids + tuple(self.model.tokenizer.eos_ids)))
-    if len(stop_ids) > NUM_STOP_IDS:
-      raise ValueError(f"stop_ids must be at most {NUM_STOP_IDS}, the end tokens included, got {stop_ids}")
-    if params.stop:
-      self._tokenizer(f"stop={params.stop!r}")
-    return ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room - len(ids)), stop_ids=stop_ids)
+    limit, why = self.max_seq_len, f"max_seq_len={self.max_seq_len}"
+    if (self.num_pages - pinned) * self.page_size < limit:
+      limit = (self.num_pages - pinned) * self.page_size
+      why = f"the pool: ({self.num_pages} pages - {pinned} held for prefixes) x page_size={self.page_size}"
+    return checked(
+      prompt_ids,
+      params,
+      vocab_size=self.model.config.vocab_size,
+      tokenizer=self.model.tokenizer,
+      limit=limit,
+      why=why,
+    )
 
   def step(self, state: EngineState) -> tuple[EngineState, Events]:
     """Runs one step: the streaming driver. Consumes `state.kv`; `state.scheduler` stays good.
@@ -258,7 +255,7 @@ class Engine:
 
   def cancel(self, state: EngineState, request: int) -> EngineState:
     """Ends a request, waiting or running; its pages are free at once. An unknown or ended one changes nothing."""
-    sched = self._cancel(state.scheduler, jnp.int32(request))
+    sched = self._cancel(state.scheduler, np.int32(request))
     stops = {id: stop for id, stop in state.stops.items() if id != request}
     prefixes = {id: pages for id, pages in state.prefixes.items() if id != request}
     return dataclasses.replace(
@@ -374,7 +371,7 @@ class Engine:
             on_text(i, text)
           if event.done:
             done[i] = transcript.completion(event.finish, clock)
-        for id in events.ended:
+        for id in set(events.ended) & set(live):
           done[live[id][0]] = live[id][1].completion("length", clock)
         for id in [id for id, (i, _) in live.items() if i in done]:
           del live[id]
@@ -390,24 +387,7 @@ class Engine:
 
   def encode(self, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: text, token ids or chat messages (through the chat template)."""
-    if isinstance(prompt, str):
-      return self._tokenizer(f"a text prompt ({prompt!r:.40})").encode(prompt)
-    try:
-      messages = [part for part in prompt if isinstance(part, Mapping)]
-      ids = [operator.index(part) for part in prompt if not isinstance(part, Mapping)]
-    except TypeError:
-      raise ValueError(f"a prompt must be text, token ids or chat messages, got {prompt!r:.80}") from None
-    if messages and ids:
-      raise ValueError(f"a prompt must be text, token ids or chat messages, not a mixture, got {prompt!r:.80}")
-    if messages:
-      tokenizer = self._tokenizer("a chat prompt")
-      return tokenizer.encode(tokenizer.apply_chat_template(messages))
-    return ids
-
-  def _tokenizer(self, who: str) -> Tokenizer:
-    if self.model.tokenizer is None:
-      raise ValueError(f"{who} needs a tokenizer, and this model has none")
-    return self.model.tokenizer
+    return encode(prompt, self.model.tokenizer)
 
   def _one(self, state: EngineState) -> tuple[EngineState, list[Events]]:
     state, events = self.step(state)
@@ -424,8 +404,6 @@ class Engine:
       return state
     return self.add_prefix(state, common)[0]
 
-  # The host part.
-
   def _dispatch(self, program: Callable, state: EngineState, *args):
     if state.kv.k.is_deleted():
       raise RuntimeError("state.kv was consumed by an earlier step: the pool is linear; go on from that step's state")
@@ -435,37 +413,16 @@ class Engine:
 
   def _after(self, state: EngineState, sched, kv, steps, live: bool) -> tuple[EngineState, list[Events]]:
     """Events of each step for the host, cut where a stop string appears."""
-    stops, cut, out = dict(state.stops), set(), []
-    for step in steps:
-      tokens = []
-      for slot in np.flatnonzero(step.ids >= 0):
-        id, token, finish = int(step.ids[slot]), int(step.tokens[slot]), int(step.finish[slot])
-        if id in cut:
-          continue
-        if id in stops:
-          stops[id], found = stops[id].push(token, self._tokenizer("stop"))
-          if found:
-            cut.add(id)
-            finish = STOP
-            sched = self._cancel(sched, id, finish, stops[id].num_tokens)
-        if finish:
-          stops.pop(id, None)
-        name = FINISH_NAMES[finish]
-        tokens.append(Event(id, token, bool(finish), float(step.logprobs[slot]), name))
-      counts = {f: int(getattr(step, f)) for f in _COUNTS}
-      preempted = tuple(int(i) for i in step.preempted if i >= 0)
-      ended = (int(step.ended),) if step.ended >= 0 else ()
-      out.append(Events(tokens=tuple(tokens), ended=ended, preempted=preempted, **counts))
-      for id in ended:
-        stops.pop(id, None)
-    if cut:
+    out, stops, cuts = for_host(steps, state.stops, self.model.tokenizer)
+    for id, num_tokens in cuts.items():
+      sched = self._cancel(sched, np.int32(id), np.int32(STOP), np.int32(num_tokens))
+    if cuts:
       live = bool(np.asarray(sched.live).any())
     if self.debug:
       page_table.check(sched.table)
-    return EngineState(scheduler=sched, kv=kv, idle=not live, stops=stops, prefixes=state.prefixes), out
-
-
-_COUNTS = ("num_scheduled", "num_running", "num_waiting", "pages_held", "pages_shared", "tokens_held")
+    ended = {id for events in out for id in events.ended}
+    prefixes = {id: pages for id, pages in state.prefixes.items() if id not in ended}
+    return EngineState(scheduler=sched, kv=kv, idle=not live, stops=stops, prefixes=prefixes), out
 
 
 def _check_sizes(**sizes: int) -> None:

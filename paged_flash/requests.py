@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 
 from paged_flash.models import Tokenizer
 from paged_flash.sampling import Sampling
-from paged_flash.state import NOBODY, NUM_STOP_IDS, Requests
+from paged_flash.state import FINISH_NAMES, LIVE, NOBODY, NUM_STOP_IDS, STOP, Requests, StepEvents
 
 type Prompt = str | Sequence[int] | Sequence[dict[str, str]]  # text, token ids, or chat messages (role, content)
 
@@ -193,3 +194,108 @@ def rows(batch: Sequence[tuple[Sequence[int], Params]], size: int, max_seq_len: 
   )
   columns, draw = jax.tree.map(jnp.asarray, (columns, draw))
   return Requests(**columns, sampling=Sampling(**draw))
+
+
+def encode(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
+  """Token ids of a `Prompt`: text, token ids, or chat messages (through the chat template).
+
+  Raises:
+    ValueError: it is none of these, or the model has no tokenizer or template for it.
+  """
+  parts = [prompt] if isinstance(prompt, str | Mapping) else prompt
+  try:
+    words = [part for part in parts if isinstance(part, str | Mapping)]
+    ids = [operator.index(part) for part in parts if not isinstance(part, str | Mapping)]
+  except TypeError:
+    raise ValueError(f"a prompt must be text, token ids or chat messages, got {prompt!r:.80}") from None
+  if not words:
+    return ids
+  if tokenizer is None:
+    raise ValueError(f"a prompt of text needs a tokenizer, and this model has none; got {prompt!r:.80}")
+  if isinstance(prompt, str):
+    return tokenizer.encode(prompt)
+  messages = [word for word in words if isinstance(word, Mapping)]
+  if ids or len(messages) < len(words):
+    raise ValueError(f"a prompt must be text, token ids or chat messages, not a mixture, got {prompt!r:.80}")
+  return tokenizer.encode(tokenizer.apply_chat_template(messages))
+
+
+def checked(
+  prompt_ids: Sequence[int], params: Params, *, vocab_size: int, tokenizer: Tokenizer | None, limit: int, why: str
+) -> tuple[list[int], Params]:
+  """The prompt as a list, and the parameters with the model's end tokens in and `max_tokens` cut to the room.
+
+  Args:
+    prompt_ids: token ids.
+    params: as the user gave them.
+    vocab_size: ids run below it.
+    tokenizer: of the model.
+    limit: tokens that a request may have, prompt and output.
+    why: where the limit comes from, for the error.
+
+  Raises:
+    ValueError: the prompt is empty, too long, or holds an id outside the vocabulary; a parameter is out of range.
+  """
+  params.check()
+  try:
+    ids = [operator.index(i) for i in prompt_ids]
+  except TypeError:
+    raise ValueError(f"prompt_ids must be token ids (integers), got {prompt_ids!r:.80}") from None
+  if not ids:
+    raise ValueError("prompt_ids must hold at least one token, got none")
+  bad = [i for i in (*ids, *params.stop_ids) if not 0 <= i < vocab_size]
+  if bad:
+    raise ValueError(f"token ids must be in 0..{vocab_size - 1}, got {bad[:5]}")
+  if len(ids) >= limit:
+    raise ValueError(f"prompt_ids must leave room for a token: at most {limit - 1} tokens ({why}), got {len(ids)}")
+  if params.stop and tokenizer is None:
+    raise ValueError(f"stop strings need a tokenizer, and this model has none; got stop={params.stop!r}")
+  eos_ids = () if params.ignore_eos or tokenizer is None else tokenizer.eos_ids
+  stop_ids = tuple(dict.fromkeys((*params.stop_ids, *eos_ids)))
+  if len(stop_ids) > NUM_STOP_IDS:
+    raise ValueError(f"stop_ids must be at most {NUM_STOP_IDS}, the model's end tokens included, got {stop_ids}")
+  return ids, dataclasses.replace(params, stop_ids=stop_ids, max_tokens=min(params.max_tokens, limit - len(ids)))
+
+
+def for_host(
+  steps: Sequence[StepEvents], stops: Mapping[int, StopWatch], tokenizer: Tokenizer | None
+) -> tuple[list[Events], dict[int, StopWatch], dict[int, int]]:
+  """Events of several steps, cut where a stop string appears.
+
+  Args:
+    steps: numpy arrays, one `StepEvents` a step.
+    stops: watches of the requests that have stop strings.
+    tokenizer: reads them.
+
+  Returns:
+    events: one `Events` a step.
+    stops: the watches after it, of the requests still live.
+    cuts: requests that a stop string ended, and the output tokens that they keep.
+  """
+  stops, cuts, out = dict(stops), {}, []
+  for step in steps:
+    tokens = []
+    for slot in np.flatnonzero(step.ids >= 0):
+      id, token, finish = int(step.ids[slot]), int(step.tokens[slot]), int(step.finish[slot])
+      if id in cuts:
+        continue
+      if id in stops and tokenizer is not None:
+        stops[id], found = stops[id].push(token, tokenizer)
+        if found and finish != STOP:
+          finish, cuts[id] = STOP, stops[id].num_tokens
+      if finish != LIVE:
+        stops.pop(id, None)
+      tokens.append(Event(id, token, finish != LIVE, float(step.logprobs[slot]), FINISH_NAMES[finish]))
+    ended = () if step.ended < 0 else (int(step.ended),)
+    for id in ended:
+      stops.pop(id, None)
+    counts = ("num_scheduled", "num_running", "num_waiting", "pages_held", "pages_shared", "tokens_held")
+    out.append(
+      Events(
+        tokens=tuple(tokens),
+        ended=ended,
+        preempted=tuple(int(i) for i in step.preempted if i >= 0),
+        **{name: int(getattr(step, name)) for name in counts},
+      )
+    )
+  return out, stops, cuts

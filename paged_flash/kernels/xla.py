@@ -428,7 +428,7 @@ def _prefill(
         mask &= column >= position[:, None] - problem.window
       key = _gather(operands.k_pages, operands.k_scales, table[b, j])  # [block, K, D]
       value = _gather(operands.v_pages, operands.v_scales, table[b, j])
-      value = jnp.where((column < kv_lens[b])[:, None, None], value, 0)
+      value = jnp.where(mask.any(0)[:, None, None], value, 0)
       scores = _cap(problem.scale * _einsum("qkgd,skd->kgqs", query, key), problem.soft_cap)
       return _absorb(run, jnp.where(mask, scores, NEVER), value, "kgqs,skd->kgqd")
 

@@ -309,9 +309,11 @@ def _hf_rope_scaling(rope: Mapping[str, Any], original: int) -> RopeScaling:
     raise ValueError("rope scaling 'yarn' with mscale and mscale_all_dim is not supported; want attention_factor")
   names = "factor low_freq_factor high_freq_factor beta_fast beta_slow truncate attention_factor".split()
   given = {name: rope[name] for name in names if rope.get(name) is not None}
-  if kind not in ("default", "none") and "factor" not in given:
+  if kind in ("default", "none"):
+    return RopeScaling()
+  if "factor" not in given:
     raise ValueError(f"rope scaling {kind!r} needs a factor, got {dict(rope)}")
-  return RopeScaling(kind="none" if kind == "default" else kind, original_max_seq_len=original, **given)
+  return RopeScaling(kind=kind, original_max_seq_len=original, **given)
 
 
 def _gguf_rope_scaling(get: Callable[..., Any], factors: Sequence[float], max_seq_len: int) -> RopeScaling:
@@ -321,6 +323,8 @@ def _gguf_rope_scaling(get: Callable[..., Any], factors: Sequence[float], max_se
     return RopeScaling(kind="factors", factors=tuple(float(value) for value in factors))
   if kind == "none" and get("rope.scaling.type") is None and factor != 1.0:
     kind = "linear"
+  if kind == "none":
+    return RopeScaling()
   amplitude = None
   if kind == "yarn" and get("rope.scaling.attn_factor"):
     amplitude = get("rope.scaling.attn_factor") * (0.1 * math.log(max(factor, 1.0)) + 1.0)

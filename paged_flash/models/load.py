@@ -100,6 +100,8 @@ def load(source: str | os.PathLike[str] | ModelConfig, *, dtype: DTypeLike = jnp
     return Model(config=source, graphdef=graphdef, params=nnx.to_pure_dict(state))
   path = _resolve(source)
   files = _open_folder(path) if path.is_dir() else _open_gguf(path)
+  if files.config.num_layers > len(files.shapes):  # a corrupt number must not build a million layers
+    raise ValueError(f"{path}: {files.config.num_layers} layers cannot come from {len(files.shapes)} tensors")
   graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(files.config, dtype=dtype, rngs=nnx.Rngs(0))))
   leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
   parts = [_parts([key.key for key in keys], files.names, files.config) for keys, _ in leaves]
@@ -152,7 +154,7 @@ def _open_gguf(path: Path) -> _Weights:
   try:
     config = configs.from_gguf(file.metadata, file.tensors.keys(), factors)
     tokenizer = tokenizers.from_gguf(file.metadata)
-  except ValueError as error:
+  except (ValueError, TypeError) as error:  # TypeError: text where a number belongs, and the like
     raise ValueError(f"{path}: {error}") from error
   # Files of architecture llama hold the rows of q and k reordered for rotating neighbours; we rotate halves.
   permuted = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
@@ -174,7 +176,7 @@ def _open_folder(folder: Path) -> _Weights:
   raw = _read_json(folder / "config.json")
   try:
     config = configs.from_hf(raw)
-  except ValueError as error:
+  except (ValueError, TypeError) as error:
     raise ValueError(f"{folder}: {error}") from error
   index = folder / "model.safetensors.index.json"
   if index.exists():

@@ -3,8 +3,8 @@
 Two steps, because the token ids come from our tokenizer (the one that Transformers makes from this GGUF file splits
 digits wrongly) and Transformers is no dependency of ours:
 
-  PYTHONPATH=. python tests/data/make_reference.py encode                    # in the project's environment
-  python tests/data/make_reference.py generate FOLDER_WITH_THE_GGUF_FILE     # where torch and transformers are installed
+  PYTHONPATH=. python tests/data/make_reference.py encode                 # in the project's environment
+  python tests/data/make_reference.py generate FOLDER_WITH_THE_GGUF       # where torch and transformers are installed
 
 Per prompt: its ids; up to 48 greedy output ids, the last one <|im_end|> if the model stopped; the smallest difference
 between the two largest logits on the way; and the five largest logits at the first, middle and last step. Prompts

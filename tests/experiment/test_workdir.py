@@ -40,6 +40,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: pathlib.Path):
   assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_a_killed_write_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+  workdir = Workdir.create(tmp_path, Config())
+  workdir.write_json("out.json", {"good": 1})
+
+  def killed(*_):
+    raise OSError("killed")
+
+  monkeypatch.setattr(pathlib.Path, "replace", killed)
+  for write in (lambda: workdir.write_json("out.json", {"new": 2}), lambda: workdir.save_figure("a.png", Figure())):
+    with pytest.raises(OSError, match="killed"):
+      write()
+  assert json.loads((tmp_path / "out.json").read_text()) == {"good": 1}
+  assert not (tmp_path / "a.png").exists()
+
+
 def test_figures_and_jsonl(tmp_path: pathlib.Path):
   workdir = Workdir.create(tmp_path, Config())
   path = workdir.save_figure("pages.png", Figure(figsize=(1, 1)))

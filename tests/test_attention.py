@@ -1,0 +1,292 @@
+"""The public ops: the numbers of `jax.nn.dot_product_attention`, JAX transformations, choice of kernel, bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_flash.attention import KERNELS, choose, explain, flash_attention, flash_problem, paged_attention
+from tests.kernels import cases, oracle
+from tests.tolerances import assert_close
+
+jax_nn = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+def qkv(seed=0, shape=(2, 20, 4, 8), num_kv_heads=2, kv_len=None):
+  rng = np.random.default_rng(seed)
+  batch, rows, heads, head_dim = shape
+  kv_shape = (batch, kv_len or rows, num_kv_heads, head_dim)
+  return cases.normal(rng, *shape), cases.normal(rng, *kv_shape), cases.normal(rng, *kv_shape)
+
+
+def normal(*shape):
+  return cases.normal(np.random.default_rng(9), *shape)
+
+
+LENS = np.array([20, 13], np.int32)
+SWAPS = {
+  "plain": {},
+  "causal": dict(is_causal=True),
+  "scale": dict(scale=0.3),
+  "bias": dict(bias=normal(1, 4, 20, 20)),
+  "bias_rank_3": dict(bias=normal(4, 20, 20), is_causal=True),
+  "mask": dict(mask=np.tri(20, dtype=bool)[None, None] | (normal(2, 1, 20, 20) > 1)),
+  "window": dict(local_window_size=3),
+  "window_causal": dict(local_window_size=(4, 1), is_causal=True),
+  "kv_lengths": dict(key_value_seq_lengths=LENS),
+  "kv_lengths_causal": dict(key_value_seq_lengths=LENS, is_causal=True),
+  "lengths_causal": dict(query_seq_lengths=LENS, key_value_seq_lengths=LENS, is_causal=True),
+}
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_same_numbers_as_jax_nn(name):
+  def loss(op, arrays):
+    out = op(*arrays, **SWAPS[name])
+    return (out * cotangent).sum(), out
+
+  arrays, cotangent = qkv(), normal(2, 20, 4, 8)
+  (_, out), gradients = jax.jit(jax.value_and_grad(functools.partial(loss, flash_attention), has_aux=True))(arrays)
+  (_, want), wanted = jax.jit(jax.value_and_grad(functools.partial(loss, jax_nn), has_aux=True))(arrays)
+  assert_close(out, want)
+  for got, want in zip(gradients, wanted, strict=True):
+    assert_close(got, want, factor=4)
+
+
+def test_jax_nn_forms():
+  q, k, v = qkv()
+  bias = normal(4, 20, 20)
+  out, lse = flash_attention(q[0], k[0], v[0], bias, None, return_residual=True)  # unbatched, positional
+  want, want_lse = jax_nn(q[0], k[0], v[0], bias[None], None, return_residual=True)
+  assert_close(out, want)
+  assert_close(lse, want_lse)
+  assert out.shape == q[0].shape and lse.shape == (20, 4) and lse.dtype == jnp.float32
+  cross = qkv(kv_len=33)
+  assert_close(flash_attention(*cross), jax_nn(*cross))
+
+
+def test_bottom_right_causal_when_lengths_differ():
+  q, k, v = qkv(shape=(1, 5, 2, 8), num_kv_heads=1, kv_len=9)
+  last = flash_attention(q, k, v, is_causal=True)
+  for i in range(5):
+    alone = flash_attention(q[:, i : i + 1], k[:, : 5 + i], v[:, : 5 + i])
+    assert_close(last[:, i : i + 1], alone)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 20, 33), (2, 1, 1, 33), (20, 1)], ids=str)
+def test_bias_gradient_has_the_shape_of_the_bias(shape):
+  arrays = qkv(kv_len=33)
+  bias, cotangent = normal(*shape), normal(2, 20, 4, 8)
+
+  def loss(bias, implementation):
+    return (flash_attention(*arrays, bias, implementation=implementation) * cotangent).sum()
+
+  got, want = (jax.grad(loss)(bias, name) for name in ("xla", "reference"))
+  assert got.shape == shape
+  assert_close(got, want, factor=4)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_cotangent_of_the_lse(implementation):
+  q, k, v = qkv()
+  sinks = normal(4)
+
+  def loss(q, k, v, sinks):
+    _, lse = flash_attention(q, k, v, sinks=sinks, is_causal=True, return_residual=True, implementation=implementation)
+    return jnp.square(lse).sum()
+
+  def plain(q, k, v, sinks):
+    scores = jnp.einsum("bthd,bshd->bths", q, jnp.repeat(k, 2, axis=2)) / np.sqrt(8)
+    scores = jnp.where(jnp.tri(20, dtype=bool)[:, None], scores, -jnp.inf)
+    sinks = jnp.broadcast_to(sinks[:, None], (2, 20, 4, 1))
+    return jnp.square(jax.nn.logsumexp(jnp.concatenate([scores, sinks], -1), axis=-1)).sum() + 0 * v.sum()
+
+  got, want = (jax.grad(f, (0, 1, 2, 3))(q, k, v, sinks) for f in (loss, plain))
+  for a, b in zip(got, want, strict=True):
+    assert_close(a, b, factor=20)
+
+
+def test_transformations_change_nothing():
+  q, k, v = qkv()
+  lens = jnp.array([20, 13])
+
+  def op(q, k, v, kv_len):  # unbatched
+    return flash_attention(q, k, v, key_value_seq_lengths=kv_len[None], is_causal=True, local_window_size=(9, 0))
+
+  def loss(*arrays):
+    return jnp.sin(jax.vmap(op)(*arrays, lens)).sum()
+
+  want = flash_attention(q, k, v, key_value_seq_lengths=lens, is_causal=True, local_window_size=(9, 0))
+  _, scanned = jax.lax.scan(lambda carry, x: (carry, op(*x)), 0, (q, k, v, lens))
+  for out in (jax.vmap(op)(q, k, v, lens), scanned):
+    assert_close(out, want)
+  gradient = jax.grad(loss, (0, 1, 2))
+  wanted = gradient(q, k, v)
+  assert any(jnp.abs(x).max() > 0.1 for x in wanted)
+  for transformed in (jax.grad(jax.checkpoint(loss), (0, 1, 2)), jax.jit(gradient)):
+    for got, want in zip(transformed(q, k, v), wanted, strict=True):
+      assert_close(got, want, factor=2)
+
+
+def test_views_and_broadcasts_equal_copies():
+  q, k, v = qkv()
+  want = flash_attention(q, k, v)
+  assert_close(flash_attention(jnp.asarray(q.swapaxes(1, 2)).swapaxes(1, 2), k[::-1][::-1], v), want)
+  one = np.broadcast_to(k[:1, :, :1], k.shape)
+  assert_close(flash_attention(q, one, v), flash_attention(q, one.copy(), v))
+
+
+@pytest.mark.parametrize("sinks", [None, np.float32([0, 1, 2, 3])], ids=["no_sinks", "sinks"])
+def test_empty_axes(sinks):
+  q, k, v = qkv()
+  out, lse = flash_attention(q, k[:, :0], v[:, :0], sinks=sinks, return_residual=True)
+  assert out.shape == q.shape and not out.any()
+  assert (lse == (-np.inf if sinks is None else sinks)).all()
+  assert flash_attention(q[:, :0], k, v, sinks=sinks).shape == (2, 0, 4, 8)
+  assert flash_attention(q[:0], k[:0], v[:0], sinks=sinks).shape == (0, 20, 4, 8)
+  gradient = jax.grad(lambda q: flash_attention(q, k[:, :0], v[:, :0], sinks=sinks).sum())(q)
+  assert gradient.shape == q.shape and not gradient.any()
+  call = cases.paged_call(kv_lens=[3, 4])
+  call["query"], call["query_starts"] = call["query"][:0], np.zeros(3, np.int32)
+  assert paged_attention(**call).shape == (0, 6, 8)
+
+
+def test_default_tiles_on_several_blocks():
+  call = dict(zip(("query", "key", "value"), qkv(shape=(1, 300, 2, 8), num_kv_heads=1, kv_len=420), strict=True))
+  call.update(is_causal=True, local_window_size=(200, 0))
+  out, lse = flash_attention(**call, return_residual=True)
+  want_out, want_lse = oracle.flash(**call)
+  assert_close(out, want_out)
+  assert_close(lse, want_lse)
+  paged = cases.paged_call(kv_lens=[900, 0, 129], page_size=16, pages_per_slot=57, heads=(4, 2, 8))
+  out, lse = paged_attention(**paged, return_residual=True)
+  want_out, want_lse = oracle.paged(**paged)
+  assert_close(out, want_out)
+  assert_close(lse, want_lse)
+
+
+def test_paged_attention_runs_to_its_capacity_and_no_further():
+  call = cases.paged_call(kv_lens=[48, 3])  # 12 pages of 4 tokens
+  assert np.isfinite(paged_attention(**call)).all()
+  call["kv_lens"] = np.int32([49, 3])
+  with pytest.raises(ValueError, match=r"kv_lens must be within 0..48, got \[49, 3\]"):
+    paged_attention(**call)
+
+
+def test_paged_attention_is_traced_once():
+  call = cases.paged_call(kv_lens=[5, 3])
+  traces = []
+
+  @jax.jit
+  def step(call):
+    traces.append(1)
+    return paged_attention(**call)
+
+  step(call)
+  step(dict(call, kv_lens=np.int32([7, 0]), pages=call["pages"][::-1]))
+  assert len(traces) == 1
+
+
+def test_paged_attention_has_no_gradient():
+  call = cases.paged_call(kv_lens=[5, 3])
+  with pytest.raises(NotImplementedError, match="train with flash_attention"):
+    jax.grad(lambda q: paged_attention(**{**call, "query": q}).sum())(call["query"])
+
+
+class Refusing:
+  """A kernel that supports nothing."""
+
+  @staticmethod
+  def supports(problem):
+    return f"head_dim must be 128, got {problem.head_dim}"
+
+
+def test_choice_of_kernel(monkeypatch):
+  problem, _ = flash_problem(*qkv())
+  assert choose(problem, None) == ("xla", {})
+  assert choose(problem, "reference") == ("reference", {})
+  monkeypatch.setattr("paged_flash.attention.KERNELS", {"picky": Refusing, **KERNELS})
+  assert choose(problem, None) == ("xla", {"picky": "head_dim must be 128, got 8"})
+  with pytest.raises(ValueError, match="'picky' does not support this call: head_dim must be 128, got 8"):
+    flash_attention(*qkv(), implementation="picky")
+  assert "  picky: head_dim must be 128, got 8" in explain(flash_attention, *qkv())
+  monkeypatch.setattr("paged_flash.attention.KERNELS", {"picky": Refusing})
+  with pytest.raises(ValueError, match="no implementation supports this call: picky: head_dim must be 128"):
+    flash_attention(*qkv())
+
+
+def test_explain():
+  text = explain(flash_attention, *qkv(), is_causal=True, local_window_size=4, return_residual=True)
+  assert text.splitlines() == [
+    "flash_attention: batch=2 query_len=20 kv_len=20 num_heads=4 num_kv_heads=2 head_dim=8 dtype=float32 is_causal "
+    "window=(4,4)",
+    "  runs xla, block_q=128 block_kv=128",
+    "  reference: not needed, xla comes first",
+  ]
+  call = cases.paged_call(kv_lens=[5, 3])
+  assert "runs reference, no tiles\n  xla: reference was named" in explain(
+    paged_attention, **call, implementation="reference"
+  )
+  with pytest.raises(ValueError, match="op must be flash_attention or paged_attention"):
+    explain(jax.nn.dot_product_attention, *qkv())
+
+
+Q, K, V = qkv()
+FLASH_ERRORS = {
+  r"query must be \[B, T, H, D\], got shape \(20, 4\)": dict(query=Q[0, :, :, 0]),
+  r"key must be \[S, K, D\], got shape \(2, 20, 2, 8\)": dict(query=Q[0]),
+  r"query must be float32 or bfloat16 or float16, got int32": dict(query=Q.astype(np.int32)),
+  r"key must be float32, got bfloat16": dict(key=jnp.asarray(K, jnp.bfloat16)),
+  r"key must have shape \(2, 20, 2, 8\), got \(2, 20, 2, 7\)": dict(key=K[..., :7]),
+  r"value must have shape \(2, 20, 2, 8\), got \(2, 19, 2, 8\)": dict(value=V[:, 1:]),
+  r"query must have a multiple of the 2 key/value heads, got 3 heads": dict(query=Q[:, :, :3]),
+  r"bias must broadcast to \[B, H, T, S\] = \(2, 4, 20, 20\), got shape \(3, 1, 20, 20\)": dict(bias=normal(3, 1, 20, 20)),
+  r"mask must be bool, got float32": dict(mask=normal(20, 20)),
+  r"query_seq_lengths must have shape \(2,\), got \(3,\)": dict(query_seq_lengths=np.int32([1, 2, 3])),
+  r"key_value_seq_lengths must be int32, got float32": dict(key_value_seq_lengths=np.float32([1, 2])),
+  r"key_value_seq_lengths must be within 0..20, got \[21, 2\]": dict(key_value_seq_lengths=np.int32([21, 2])),
+  r"local_window_size must be .*, got \(1, 2, 3\)": dict(local_window_size=(1, 2, 3)),
+  r"local_window_size must be .*, got -1": dict(local_window_size=-1),
+  r"segment_ids of the keys must have shape \(2, 20\), got \(2, 19\)": dict(
+    segment_ids=(np.zeros((2, 20), np.int32), np.zeros((2, 19), np.int32))
+  ),
+  r"logits_soft_cap must be positive, got 0.0": dict(logits_soft_cap=0),
+  r"scale must be a finite static number, got nan": dict(scale=float("nan")),
+  r"sinks must have shape \(4,\), got \(2,\)": dict(sinks=normal(2)),
+  r"implementation must be one of xla, reference or None, got 'xal'; did you mean 'xla'\?": dict(implementation="xal"),
+  r"implementation must be one of xla, reference or None, got 'cudnn'$": dict(implementation="cudnn"),
+}
+
+
+@pytest.mark.parametrize("message", FLASH_ERRORS)
+def test_flash_attention_says_what_is_wrong(message):
+  with pytest.raises(ValueError, match=message):
+    flash_attention(**{"query": Q, "key": K, "value": V, **FLASH_ERRORS[message]})
+
+
+PAGED = cases.paged_call(kv_lens=[9, 5], query_lens=[3, 1], num_tokens=6, max_query_len=3)
+PAGED_ERRORS = {
+  r"query must be \[T, H, D\], got shape \(6, 6\)": dict(query=PAGED["query"][..., 0]),
+  r"k_pages must be \[N, page_size, K, D\], got shape": dict(k_pages=PAGED["k_pages"][0]),
+  r"k_pages must have shape \(48, 4, 2, 8\), got \(48, 4, 2, 7\)": dict(k_pages=PAGED["k_pages"][..., :7]),
+  r"k_pages must be float32, got int8": dict(k_pages=np.zeros((48, 4, 2, 8), np.int8)),
+  r"v_pages must have shape": dict(v_pages=PAGED["v_pages"][1:]),
+  r"pages must be \[B, P\], got shape \(12,\)": dict(pages=PAGED["pages"][0]),
+  r"pages must be int32, got float32": dict(pages=PAGED["pages"].astype(np.float32)),
+  r"kv_lens must have shape \(2,\), got \(3,\)": dict(kv_lens=np.int32([1, 2, 3])),
+  r"max_query_len must be a static int of at least 1, got 0": dict(max_query_len=0),
+  r"query_starts must leave each sequence at most max_query_len = 2 tokens": dict(max_query_len=2),
+  r"query_starts must rise from 0 to at most T = 6, got \[0, 3, 7\]": dict(query_starts=np.int32([0, 3, 7])),
+  r"query_starts must have shape \(3,\)": dict(query_starts=np.int32([0, 3])),
+  r"kv_lens must count the query tokens, got \[2, 5\] for \[3, 1\]": dict(kv_lens=np.int32([2, 5])),
+  r"without query_starts there must be one query token for each sequence": dict(query_starts=None),
+  r"k_scales and v_scales must be given together": dict(k_scales=np.ones((48, 4, 2), np.float32)),
+}
+
+
+@pytest.mark.parametrize("message", PAGED_ERRORS)
+def test_paged_attention_says_what_is_wrong(message):
+  with pytest.raises(ValueError, match=message):
+    paged_attention(**{**PAGED, **PAGED_ERRORS[message]})

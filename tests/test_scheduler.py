@@ -1,0 +1,375 @@
+"""The scheduler without a model: a stand-in that writes tokens into pages and reads them back through the table.
+
+The next token of a sequence is a hash of all tokens read from the pages its table names, so a page granted twice,
+shared wrongly, written while shared, or lost in a preemption changes the tokens of some request.
+"""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from paged_flash import scheduler
+from paged_flash.cache import page_table
+from paged_flash.cache.page_table import NO_PAGE
+from paged_flash.requests import Params, rows
+from paged_flash.state import CANCELLED, HELD, LENGTH, LIVE, NOBODY, STOP
+
+VOCAB = 50
+submit = jax.jit(scheduler.submit)
+cancel = jax.jit(scheduler.cancel)
+commit = jax.jit(scheduler.commit)
+
+
+@functools.cache
+def planner(token_budget, chunk_size):
+  return jax.jit(functools.partial(scheduler.plan, token_budget=token_budget, chunk_size=chunk_size))
+
+
+@functools.cache
+def packer(num_tokens):
+  return jax.jit(functools.partial(scheduler.pack, num_tokens=num_tokens))
+
+
+def next_token(tokens) -> int:
+  """What the stand-in model says after these tokens: 1..VOCAB-1."""
+  return 1 + zlib.crc32(np.asarray(tokens, np.int32).tobytes()) % (VOCAB - 1)
+
+
+def expected(prompt, params: Params) -> tuple[list[int], int]:
+  """Output tokens and reason to end of a request served alone, with no pages anywhere."""
+  out = []
+  while True:
+    out.append(next_token([*prompt, *out]))
+    if out[-1] in params.stop_ids and len(out) >= params.min_tokens:
+      return out, STOP
+    if len(out) >= params.max_tokens:
+      return out, LENGTH
+
+
+class Server:
+  """Drives the scheduler with the stand-in model, and checks every step."""
+
+  def __init__(self, *, slots=4, pages=16, page_size=4, budget=8, chunk=None, queue=16, max_seq_len=32, prefixes=1):
+    self.state = scheduler.init(
+      num_slots=slots,
+      pages_per_slot=-(-max_seq_len // page_size),
+      num_pages=pages,
+      page_size=page_size,
+      num_requests=queue,
+      max_seq_len=max_seq_len,
+      num_prefixes=prefixes,
+    )
+    self.budget, self.chunk, self.max_seq_len, self.slots = budget, chunk, max_seq_len, slots
+    self.contents = np.full((pages, page_size), -1)
+    self.asked, self.got, self.ended, self.log = {}, {}, {}, []
+
+  def submit(self, prompt, hold=False, **params):
+    params = Params(**params)
+    self.state, ids = submit(self.state, rows([(prompt, params)], 1, self.max_seq_len, hold=hold))
+    id = int(ids[0])
+    if id != NOBODY:
+      self.asked[id], self.got[id] = (list(prompt), params), []
+    return id
+
+  def cancel(self, id):
+    self.state = cancel(self.state, jnp.int32(id))
+    page_table.check(self.state.table)
+    self.asked.pop(id, None)
+
+  def step(self):
+    before = self.state
+    frozen = jax.tree.map(np.array, before)
+    state, plan = planner(self.budget, self.chunk)(before)
+    page_table.check(state.table)
+    scheduled = np.asarray(plan.scheduled)
+    assert scheduled.sum() <= self.budget and (scheduled <= (self.chunk or self.budget)).all()
+    packed = packer(None if bool(plan.decode_only) else self.budget)(state, plan)
+    for src, dst in zip(np.asarray(plan.copies.src), np.asarray(plan.copies.dst), strict=True):
+      if dst != NO_PAGE:
+        self.contents[dst] = self.contents[src]
+    refs = np.asarray(state.table.ref_counts)
+    written = np.asarray(packed.pages)
+    for token, page, offset in zip(*map(np.asarray, (packed.tokens, packed.pages, packed.offsets)), strict=True):
+      if page != NO_PAGE:
+        assert refs[page] == 1, "a shared page is written"
+        self.contents[page, offset] = token
+    assert (written != NO_PAGE).sum() == scheduled.sum()
+    tokens = np.zeros(self.slots, np.int32)
+    for slot in np.flatnonzero(scheduled):
+      read = self.contents[np.asarray(state.table.pages[slot])].reshape(-1)[: int(packed.kv_lens[slot])]
+      tokens[slot] = next_token(read)
+    self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(self.slots))
+    page_table.check(self.state.table)
+    jax.tree.map(np.testing.assert_array_equal, before, frozen)  # the old state is still what it was
+    for slot in np.flatnonzero(np.asarray(events.ids) != NOBODY):
+      id = int(events.ids[slot])
+      assert id in self.asked and id not in self.ended, "a token for a request that is not live"
+      self.got[id].append(int(events.tokens[slot]))
+      if events.finish[slot] != LIVE:
+        self.ended[id] = int(events.finish[slot])
+    if int(events.ended) != NOBODY:
+      self.ended[int(events.ended)] = LENGTH
+    self.log.append((plan, events))
+    return plan, events
+
+  def drain(self, most=2000):
+    for _ in range(most):
+      if not bool(self.state.live.any()):
+        return
+      self.step()
+    raise AssertionError(f"requests still live after {most} steps")
+
+  def finish(self):
+    """Runs all to their ends and compares every request with itself served alone."""
+    self.drain()
+    for id, (prompt, params) in self.asked.items():
+      if id in self.ended:
+        assert (self.got[id], self.ended[id]) == expected(prompt, params), f"request {id}"
+    held = np.asarray(self.state.holders) != NOBODY
+    if not held.any():
+      assert int(self.state.table.num_free) == self.state.table.num_pages
+
+
+def prompt_of(n, seed=0):
+  return np.random.default_rng(seed).integers(1, VOCAB, n).tolist()
+
+
+def test_short_prompts_all_start_in_the_first_step():
+  server = Server(slots=10, pages=40, budget=64)
+  for i in range(10):
+    server.submit(prompt_of(3, i), max_tokens=4)
+  plan, events = server.step()
+  assert plan.scheduled.tolist() == [3] * 10 and int(events.num_waiting) == 0
+  server.finish()
+
+
+def test_token_budget_is_shared_in_order_of_arrival():
+  server = Server(slots=4, pages=256, page_size=16, budget=1024, chunk=400, max_seq_len=1024)
+  for i in range(3):
+    server.submit(prompt_of(800, i), max_tokens=2)
+  assert [server.step()[0].scheduled.tolist() for _ in range(3)] == [
+    [400, 400, 224, 0],
+    [400, 400, 224, 0],
+    [1, 1, 352, 0],
+  ]
+  server.finish()
+
+
+def test_a_long_request_is_not_overtaken():
+  server = Server(slots=2, pages=8)
+  first = server.submit(prompt_of(20), max_tokens=4)
+  long = server.submit(prompt_of(24, 1), max_tokens=4)  # six pages, and only three are not spoken for
+  short = server.submit(prompt_of(2, 2), max_tokens=2)
+  server.finish()
+  order = [int(id) for _, events in server.log for id in events.ids if id != NOBODY]
+  assert order.index(first) < order.index(long) < order.index(short)
+
+
+def test_the_last_to_arrive_is_preempted_and_resumes():
+  server = Server(slots=2, pages=10, page_size=4, budget=16, max_seq_len=40)
+  a = server.submit(prompt_of(19, 1), max_tokens=20)
+  b = server.submit(prompt_of(15, 2), max_tokens=20)
+  server.finish()
+  lost = [int(id) for _, events in server.log for id in events.preempted if id != NOBODY]
+  assert lost and set(lost) == {b}
+  row = server.state.arrival.tolist().index(b)
+  assert int(server.state.preemptions[row]) == len(lost)
+  assert server.ended == {a: LENGTH, b: LENGTH}
+
+
+def test_nobody_is_preempted_while_there_is_room():
+  server = Server(pages=64, budget=16)
+  for i in range(4):
+    server.submit(prompt_of(9, i), max_tokens=16)
+  server.finish()
+  assert not any((events.preempted != NOBODY).any() for _, events in server.log)
+
+
+def test_a_request_stops_at_the_right_token_and_its_pages_are_free_in_that_step():
+  prompt = prompt_of(5)
+  out, _ = expected(prompt, Params(max_tokens=12))
+  server = Server()
+  server.submit(prompt, max_tokens=12, stop_ids=[out[3]])
+  server.finish()
+  assert server.got[0] == out[: out.index(out[3]) + 1] and server.ended[0] == STOP
+  server.submit(prompt, max_tokens=12, min_tokens=6, stop_ids=[out[3]])
+  server.finish()
+  assert len(server.got[1]) >= 6
+  server = Server()
+  server.submit(prompt, max_tokens=1)
+  server.step()
+  _, events = server.log[-1]
+  assert int(events.finish[0]) == LENGTH and int(server.state.table.num_free) == 16
+
+
+def test_cancel_waiting_and_running():
+  server = Server(slots=2, pages=8)
+  running, waiting, last = (server.submit(prompt_of(8, i), max_tokens=9) for i in range(3))
+  server.step()
+  held = int(server.state.table.num_free)
+  server.cancel(running)
+  assert int(server.state.table.num_free) == 8 > held
+  server.cancel(waiting)
+  server.cancel(99)
+  server.cancel(NOBODY)
+  assert server.state.finish[:3].tolist() == [CANCELLED, CANCELLED, LIVE]
+  server.finish()
+  assert server.ended == {last: LENGTH}
+
+
+def test_cancel_can_cut_an_output_that_has_ended():
+  server = Server()
+  id = server.submit(prompt_of(6), max_tokens=9)
+  server.drain()
+  state = cancel(server.state, jnp.int32(id), jnp.int32(STOP), jnp.int32(4))
+  assert int(state.finish[0]) == STOP and int(state.requests.num_tokens[0]) == 10
+
+
+def test_queue_refuses_when_full_and_reuses_the_oldest_ended_row():
+  server = Server(slots=1, queue=2)
+  assert [server.submit(prompt_of(2, i), max_tokens=2) for i in range(3)] == [0, 1, NOBODY]
+  server.drain()
+  assert server.submit(prompt_of(3, 3), max_tokens=2) == 2
+  assert server.state.arrival.tolist() == [2, 1]
+  server.finish()
+
+
+def test_a_batch_is_queued_in_order_and_may_hold_gaps():
+  server = Server(queue=4)
+  batch = rows([(prompt_of(2, i), Params(max_tokens=2)) for i in range(5)], 8, 32)
+  server.state, ids = submit(server.state, batch)
+  assert ids.tolist() == [0, 1, 2, 3, NOBODY, NOBODY, NOBODY, NOBODY]
+
+
+def test_a_held_prefix_is_computed_once_and_shared():
+  server = Server()
+  prefix = prompt_of(10)
+  held = server.submit(prefix, hold=True, max_tokens=1)
+  ids = [server.submit([*prefix, *prompt_of(3, i)], max_tokens=6) for i in range(1, 4)]
+  stranger = server.submit(prompt_of(7, 9), max_tokens=3)
+  whole = server.submit(prefix, max_tokens=3)  # nothing but the prefix: its last token is computed again
+  server.finish()
+  assert set(server.ended) == {*ids, stranger, whole}
+  computed = sum(int(plan.scheduled.sum()) for plan, _ in server.log)
+  assert computed == 10 + 3 * (3 + 5) + (7 + 2) + (1 + 2)
+  assert server.state.finish[0] == HELD and int(server.state.table.num_free) == 13
+  assert max(int(events.pages_shared) for _, events in server.log) >= 2
+  server.cancel(held)
+  assert int(server.state.table.num_free) == 16
+
+
+def test_requests_of_a_prefix_that_was_let_go_run_without_it():
+  server = Server(slots=2)
+  prefix = prompt_of(9)
+  held = server.submit(prefix, hold=True, max_tokens=1)
+  server.submit([*prefix, 3], max_tokens=4)
+  server.step()
+  server.cancel(held)
+  server.finish()
+  assert len(server.ended) == 1
+
+
+def test_prefixes_are_refused_when_all_holders_are_taken():
+  server = Server(prefixes=2)
+  assert [server.submit(prompt_of(4, i), hold=True, max_tokens=1) for i in range(3)] == [0, 1, NOBODY]
+
+
+def test_what_the_pool_can_never_hold_is_ended_and_blocks_nobody():
+  server = Server(slots=2, pages=4, page_size=4, budget=8, max_seq_len=32)  # a slot may hold more than the pool
+  too_long = server.submit(prompt_of(17), max_tokens=4)
+  outgrows = server.submit(prompt_of(10, 1), max_tokens=20)
+  good = server.submit(prompt_of(5, 2), max_tokens=4)
+  server.drain()
+  assert server.ended == {too_long: LENGTH, outgrows: LENGTH, good: LENGTH}
+  assert server.got[too_long] == []
+  alone = expected(*server.asked[outgrows])[0]
+  assert server.got[outgrows] == alone[: len(server.got[outgrows])] and len(server.got[outgrows]) == 7
+  assert server.got[good] == expected(*server.asked[good])[0]
+
+
+def test_a_prefix_that_cannot_be_held_frees_its_place():
+  server = Server(slots=2, pages=3, page_size=4, budget=8, max_seq_len=32)
+  server.submit(prompt_of(20), hold=True, max_tokens=1)
+  child = server.submit([*prompt_of(20), 1], max_tokens=2)
+  good = server.submit(prompt_of(5, 2), max_tokens=4)
+  server.drain()
+  assert server.state.holders.tolist() == [NOBODY] and server.ended == {0: LENGTH, child: LENGTH, good: LENGTH}
+
+
+@pytest.mark.parametrize(
+  "shape", [(1, 24, 1, 3, None), (3, 9, 3, 4, 2), (6, 24, 4, 30, None)], ids=lambda shape: "-".join(map(str, shape))
+)
+def test_tokens_do_not_depend_on_pages_slots_or_chunks(shape):
+  slots, pages, page_size, budget, chunk = shape
+  server = Server(slots=slots, pages=pages, page_size=page_size, budget=budget, chunk=chunk, max_seq_len=24)
+  lens, most = [1, 15, 5, 9, 14, 2], [9, 8, 8, 1, 7, 9]
+  for i, (n, m) in enumerate(zip(lens, most, strict=True)):
+    server.submit(prompt_of(n, i), max_tokens=m)
+  server.finish()
+  assert len(server.ended) == len(lens)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+  """Submit, hold, cancel and step in any order, on a pool that cannot satisfy everyone."""
+
+  @initialize(shape=strategies.sampled_from([(3, 6, 4, 8, None), (4, 8, 3, 5, 2), (2, 6, 1, 4, None)]))
+  def start(self, shape):
+    slots, pages, page_size, budget, chunk = shape
+    self.server = Server(
+      slots=slots, pages=pages, page_size=page_size, budget=budget, chunk=chunk, queue=6, max_seq_len=pages * page_size
+    )
+    self.room = pages * page_size
+    self.prefix = []
+
+  @rule(data=strategies.data())
+  def submit(self, data):
+    prefix = data.draw(strategies.sampled_from([[], self.prefix]))
+    room = self.room - len(prefix)
+    n = data.draw(strategies.integers(0 if prefix else 1, max(1, room - 2)))
+    prompt = [*prefix, *prompt_of(n, data.draw(strategies.integers(0, 3)))]
+    if len(prompt) + 1 <= self.room:
+      most = data.draw(strategies.integers(1, max(1, min(9, self.room - len(prompt)))))
+      stop = data.draw(strategies.lists(strategies.integers(1, VOCAB - 1), max_size=3))
+      self.server.submit(prompt, max_tokens=most, stop_ids=stop)
+
+  @rule(n=strategies.integers(1, 6), seed=strategies.integers(0, 3))
+  def hold(self, n, seed):
+    prefix = prompt_of(min(n, self.room - 1), seed)
+    if self.server.submit(prefix, hold=True, max_tokens=1) != NOBODY:
+      self.prefix = prefix
+
+  @precondition(lambda self: self.server.asked)
+  @rule(data=strategies.data())
+  def cancel(self, data):
+    self.server.cancel(data.draw(strategies.sampled_from(sorted(self.server.asked))))
+
+  @rule(n=strategies.integers(1, 12))
+  def steps(self, n):
+    for _ in range(n):
+      self.server.step()
+
+  def teardown(self):
+    if not hasattr(self, "server"):
+      return
+    server = self.server
+    server.drain()
+    for id, (prompt, params) in server.asked.items():
+      if id not in server.ended:
+        assert int(server.state.finish[server.state.arrival.tolist().index(id)]) == HELD
+        continue
+      out, why = expected(prompt, params)
+      got = server.got[id]
+      if got == out:
+        assert server.ended[id] in (why, LENGTH)
+      else:  # only a request that outgrew what held prefixes leave of the pool may end early
+        assert server.ended[id] == LENGTH and got == out[: len(got)] and len(self.prefix) > 0
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+test_scheduler_machine = SchedulerMachine.TestCase
