@@ -5,13 +5,13 @@ through a page table and serves inference. `explain` says which kernel a call wo
 """
 
 import difflib
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from paged_flash import tuning
 from paged_flash.kernels import reference, xla
@@ -48,9 +48,9 @@ def flash_attention(
   in `jax.nn.dot_product_attention`, unless both lengths are given and differ. A row that sees no key gives 0, LSE -inf
   and gradients 0. Keys that no query sees (past the length) may hold anything, NaN included.
 
-  Our notation and Dao et al. 2022 ("FlashAttention", Algorithms 1 and 2): their N is our T and S, their d our D; Q, K, V,
-  O are query, key, value, out of one head; tau is `scale`, MASK is all the masking below, and L = m + log l, which their
-  successor stores in place of m and l, is our LSE. There is no dropout.
+  Our notation and Dao et al. 2022 ("FlashAttention", Algorithms 1 and 2): their N is our T and S, their d our D; Q, K,
+  V, O are query, key, value, out of one head; tau is `scale`; MASK is all the masking below; our LSE is m + log l, kept
+  in place of m and l as in their successor. There is no dropout.
 
   Args:
     query: [B, T, H, D] or [T, H, D]; float32, bfloat16 or float16.
@@ -125,18 +125,18 @@ def paged_attention(
 ) -> Any:
   """Causal attention of packed tokens to keys and values that live in pages; decode tokens and prefill chunks together.
 
-  Sequence b holds `kv_lens[b]` tokens; its query tokens are the last of them and already written to their pages. A token's
-  result does not depend on the other sequences. Inference only: it has no gradient.
+  Sequence b holds `kv_lens[b]` tokens; its query tokens are the last of them and already written to their pages. A
+  token's result does not depend on the other sequences. Inference only: it has no gradient.
 
-  Our notation and Kwon et al. 2023 ("PagedAttention", equation 4): their KV block size B is `page_size`, the key block K_j
-  of a sequence is `k_pages[pages[b, j]]`, V_j likewise, a_ij its row of softmax weights, o_i a row of `out`; their block
-  table is `pages`.
+  Our notation and Kwon et al. 2023 ("PagedAttention", equation 4): their KV block size B is `page_size`, the key block
+  K_j of a sequence is `k_pages[pages[b, j]]`, V_j likewise, a_ij its row of softmax weights, o_i a row of `out`; their
+  block table is `pages`.
 
   Args:
     query: [T, H, D], the tokens of all sequences, packed; float32, bfloat16 or float16.
     k_pages: [N, page_size, K, D], the pool; the query's dtype, or an 8-bit one with `k_scales`.
     v_pages: Like `k_pages`.
-    pages: i32[B, P], page ids of each sequence in order. Entries past its end are never used and may hold anything.
+    pages: i32[B, P], page ids of each sequence in order. Entries past its end may hold anything.
     kv_lens: i32[B], tokens held, the new ones included; 0 marks an inactive slot, which gives 0.
     query_starts: i32[B + 1], sequence b's tokens are query[query_starts[b]:query_starts[b + 1]]; tokens after the last
       are padding and give 0, LSE -inf. None: one token for each sequence (T == B).
@@ -268,13 +268,12 @@ def _describe(problem: Problem) -> str:
 # --- the ops over checked operands, none of them empty ---------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _flash_vjp(problem: FlashProblem, name: str, operands: FlashOperands) -> tuple[jax.Array, jax.Array]:
+def _flash_forward(problem: FlashProblem, name: str, operands: FlashOperands) -> tuple[jax.Array, jax.Array]:
   return KERNELS[name].forward(problem, operands, **tuning.tiles(problem, name))
 
 
 def _flash_fwd(problem, name, operands):
-  out, lse = _flash_vjp(problem, name, operands)
+  out, lse = _flash_forward(problem, name, operands)
   return (out, lse), (operands, out, lse)
 
 
@@ -284,12 +283,12 @@ def _flash_bwd(problem, name, residuals, cotangents):
   return (FlashOperands(*gradients),)
 
 
+_flash_vjp = jax.custom_vjp(_flash_forward, nondiff_argnums=(0, 1))
 _flash_vjp.defvjp(_flash_fwd, _flash_bwd)
 _flash = jax.jit(_flash_vjp, static_argnums=(0, 1))  # traced and lowered once, however many layers call it
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _paged_vjp(problem: PagedProblem, name: str, operands: PagedOperands) -> tuple[jax.Array, jax.Array]:
+def _paged_forward(problem: PagedProblem, name: str, operands: PagedOperands) -> tuple[jax.Array, jax.Array]:
   return KERNELS[name].paged_forward(problem, operands, **tuning.tiles(problem, name))
 
 
@@ -297,6 +296,7 @@ def _paged_fwd(problem, name, operands):
   raise NotImplementedError("paged_attention is for inference and has no gradient; train with flash_attention")
 
 
+_paged_vjp = jax.custom_vjp(_paged_forward, nondiff_argnums=(0, 1))
 _paged_vjp.defvjp(_paged_fwd, lambda problem, name, residuals, cotangents: (residuals,))
 _paged = jax.jit(_paged_vjp, static_argnums=(0, 1))
 
@@ -502,7 +502,7 @@ def _integers(name: str, x: Any) -> jax.Array:
 
 def _concrete(x: jax.Array) -> np.ndarray | None:
   """The values, where they exist: None while tracing."""
-  return None if isinstance(x, jax.core.Tracer) else jax.device_get(x)
+  return None if isinstance(x, Tracer) else jax.device_get(x)
 
 
 def _lengths(name: str, x: Any, batch: int, limit: int) -> jax.Array | None:
@@ -551,7 +551,7 @@ def _sinks(sinks: Any, num_heads: int) -> jax.Array | None:
 
 
 def _number(name: str, x: Any) -> float:
-  if isinstance(x, jax.core.Tracer) or not np.isscalar(x) or not np.isfinite(x):
+  if not isinstance(x, int | float | np.integer | np.floating) or not np.isfinite(x):
     raise ValueError(f"{name} must be a finite static number, got {x!r}")
   return float(x)
 

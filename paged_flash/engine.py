@@ -23,18 +23,7 @@ from paged_flash.cache import kv_pages, page_table
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import cdiv
 from paged_flash.models import Model
-from paged_flash.requests import (
-  Completion,
-  Events,
-  Params,
-  Prompt,
-  StopWatch,
-  Transcript,
-  checked,
-  encode,
-  for_host,
-  rows,
-)
+from paged_flash.requests import Completion, Counter, Events, Params, Prompt, StopWatch, checked, encode, for_host, rows
 from paged_flash.state import NOBODY, STOP, State
 
 _SUBMIT_BATCH = 32  # requests queued per dispatch
@@ -75,7 +64,8 @@ class Engine:
 
   Example:
     >>> import paged_flash as pf
-    >>> model = pf.models.load(pf.models.ModelConfig.tiny())
+    >>> sizes = dict(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64)
+    >>> model = pf.models.load(pf.models.ModelConfig(**sizes))  # random weights
     >>> engine = Engine(model, num_slots=2, num_pages=32, page_size=4)
     >>> state, request = engine.submit(engine.init(), [1, 2, 3], max_tokens=5)
     >>> tokens = []
@@ -331,7 +321,8 @@ class Engine:
       share_prefix: prefill once what all prompts start with, when it is at least a page.
       progress: show a progress bar.
       on_text: called with a request's index and its next piece of text, whole characters, stop strings left out.
-      on_events: called with the `Events` of every step.
+      on_events: called with the `Events` of every step, in which a request is named by its index in `requests`, and
+        the shared prefix, while it is computed, by len(requests).
 
     Returns:
       A completion for each request; `finish` is "error" for those that could not be served.
@@ -342,48 +333,35 @@ class Engine:
     if driver not in ("host", "device"):
       raise ValueError(f"driver must be 'host' or 'device', got {driver!r}")
     state, start = self.init(), time.perf_counter()
-    done: dict[int, Completion] = {}
+    counter = Counter(self.model.tokenizer, on_text)
     good: dict[int, tuple[list[int], Params]] = {}
     for i, (prompt, params) in enumerate(requests):
       try:
         good[i] = self.check(self.encode(prompt), params, state)
       except ValueError as error:
-        done[i] = Completion(prompt_ids=(), output_ids=(), logprobs=(), text="", finish="error", error=str(error))
+        counter.refuse(i, str(error))
     if share_prefix:
       state = self._share(state, list(good.values()))
+    counter.names |= {id: len(requests) for id in state.prefixes}
 
-    queue, live = list(good), {}  # indices not yet submitted; id to (index, transcript)
-    bar = tqdm(total=len(requests), initial=len(done), unit="request", disable=not progress, smoothing=0)
-    num_tokens = 0
-    while queue or live:
-      room = self.queue_size - len(live) - len(state.prefixes)
-      now, queue = queue[:room], queue[room:]
-      state, ids = self.submit_many(state, [good[i] for i in now])
-      for id, i in zip(ids, now, strict=True):
-        live[id] = i, Transcript(*good[i], self.model.tokenizer)
-      state, steps = self.run(state) if driver == "device" else self._one(state)
-      clock = time.perf_counter() - start
-      for events in steps:
-        for event in events:
-          i, transcript = live[event.request]
-          text = transcript.push(event, clock)
-          if text and on_text:
-            on_text(i, text)
-          if event.done:
-            done[i] = transcript.completion(event.finish, clock)
-        for id in set(events.ended) & set(live):
-          done[live[id][0]] = live[id][1].completion("length", clock)
-        for id in [id for id, (i, _) in live.items() if i in done]:
-          del live[id]
-        num_tokens += len(events)
-        bar.set_postfix_str(
-          f"{num_tokens / clock:.0f} tok/s, {events.pages_held}/{self.num_pages} pages", refresh=False
-        )
-        bar.update(len(done) - bar.n)
-        if on_events:
-          on_events(events)
-    bar.close()
-    return [done[i] for i in range(len(requests))]
+    queue = list(good)  # not yet submitted
+    with tqdm(total=len(requests), initial=len(counter.done), unit="request", disable=not progress) as bar:
+      while queue or counter.live:
+        room = self.queue_size - len(counter.live) - len(state.prefixes)
+        now, queue = queue[:room], queue[room:]
+        state, ids = self.submit_many(state, [good[i] for i in now])
+        for id, i in zip(ids, now, strict=True):
+          counter.open(id, i, *good[i])
+        state, steps = self.run(state) if driver == "device" else self._one(state)
+        clock = time.perf_counter() - start
+        for events in steps:
+          counter.take(events, clock)
+          if on_events:
+            on_events(events.renamed(counter.names))
+        rate, held = counter.num_tokens / clock, steps[-1].pages_held if steps else 0
+        bar.set_postfix_str(f"{rate:.0f} tok/s, {held}/{self.num_pages} pages", refresh=False)
+        bar.update(len(counter.done) - bar.n)
+    return [counter.done[i] for i in range(len(requests))]
 
   def encode(self, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: text, token ids or chat messages (through the chat template)."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,11 +82,27 @@ class Events:
   ended: tuple[int, ...]  # requests that ended without a token, because the pool can never hold them
   preempted: tuple[int, ...]  # requests that lost their slot, to be recomputed
   num_scheduled: int  # tokens computed
-  num_running: int  # slots in use
+  running: tuple[int, ...]  # the request in each slot; -1 for an empty slot
   num_waiting: int
   pages_held: int  # pages with a ref count above 0
   pages_shared: int  # of these, held more than once
   tokens_held: int  # tokens of K and V of all holders; a shared one counts for each
+
+  @property
+  def num_running(self) -> int:
+    """Slots in use."""
+    return sum(id >= 0 for id in self.running)
+
+  def renamed(self, names: Mapping[int, int]) -> "Events":
+    """The same with other names for the requests; -1 stays."""
+    names = {-1: -1, **names}
+    return dataclasses.replace(
+      self,
+      tokens=tuple(event._replace(request=names[event.request]) for event in self.tokens),
+      running=tuple(names[id] for id in self.running),
+      ended=tuple(names[id] for id in self.ended),
+      preempted=tuple(names[id] for id in self.preempted),
+    )
 
   def __iter__(self) -> Iterator[Event]:
     return iter(self.tokens)
@@ -155,6 +171,37 @@ class Transcript:
       first_token_s=self._first,
       end_s=now,
     )
+
+
+class Counter:
+  """Where the requests of one closed loop are handed in and their completions handed out."""
+
+  def __init__(self, tokenizer: Tokenizer | None, on_text: Callable[[int, str], None] | None):
+    self.live: dict[int, Transcript] = {}  # by id
+    self.done: dict[int, Completion] = {}  # by index
+    self.names: dict[int, int] = {}  # id to index
+    self.num_tokens = 0
+    self._tokenizer, self._on_text = tokenizer, on_text
+
+  def refuse(self, index: int, error: str) -> None:
+    """Ends a request that was not good."""
+    self.done[index] = Completion(prompt_ids=(), output_ids=(), logprobs=(), text="", finish="error", error=error)
+
+  def open(self, id: int, index: int, prompt_ids: Sequence[int], params: Params) -> None:
+    """A request is in the engine."""
+    self.live[id], self.names[id] = Transcript(prompt_ids, params, self._tokenizer), index
+
+  def take(self, events: Events, clock: float) -> None:
+    """Takes in one step, `clock` seconds after the start."""
+    for event in events:
+      text = self.live[event.request].push(event, clock)
+      if text and self._on_text:
+        self._on_text(self.names[event.request], text)
+    ends = [(event.request, event.finish) for event in events if event.done]
+    ends += [(id, "length") for id in events.ended if id in self.live]
+    for id, finish in ends:
+      self.done[self.names[id]] = self.live.pop(id).completion(finish, clock)
+    self.num_tokens += len(events)
 
 
 def rows(batch: Sequence[tuple[Sequence[int], Params]], size: int, max_seq_len: int, *, hold: bool = False) -> Requests:
@@ -289,12 +336,13 @@ def for_host(
     ended = () if step.ended < 0 else (int(step.ended),)
     for id in ended:
       stops.pop(id, None)
-    counts = ("num_scheduled", "num_running", "num_waiting", "pages_held", "pages_shared", "tokens_held")
+    counts = ("num_scheduled", "num_waiting", "pages_held", "pages_shared", "tokens_held")
     out.append(
       Events(
         tokens=tuple(tokens),
         ended=ended,
         preempted=tuple(int(i) for i in step.preempted if i >= 0),
+        running=tuple(step.running.tolist()),
         **{name: int(getattr(step, name)) for name in counts},
       )
     )

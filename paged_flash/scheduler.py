@@ -310,7 +310,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     ended=jnp.where(plan.doomed >= 0, state.arrival[plan.doomed], NOBODY),
     preempted=plan.preempted,
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
-    num_running=jnp.sum(row >= 0, dtype=jnp.int32),
+    running=jnp.where(row >= 0, state.arrival[row], NOBODY),
     num_waiting=jnp.sum(state.waiting, dtype=jnp.int32),
     pages_held=table.num_pages - table.num_free,
     pages_shared=jnp.sum(table.ref_counts > 1, dtype=jnp.int32),

@@ -107,7 +107,7 @@ class StepEvents:
   ended: jax.Array  # i32[]  id of a request that ended without a token (LENGTH: the pool cannot hold it); NOBODY
   preempted: jax.Array  # i32[S]  ids that lost their slot
   num_scheduled: jax.Array  # i32[]  tokens computed
-  num_running: jax.Array  # i32[]  slots in use during the step
+  running: jax.Array  # i32[S]  the request in each slot during the step; NOBODY
   num_waiting: jax.Array  # i32[]
   pages_held: jax.Array  # i32[]  pages with a ref count above 0 during the step
   pages_shared: jax.Array  # i32[]  of these, held more than once

@@ -95,6 +95,7 @@ def _forward(
   """Logits f32[S, V] of each slot's last token, and the pool with the new K and V in it."""
   packed = scheduler.pack(state, plan, num_tokens)
   pages = state.table.pages[: plan.rows.size]  # i32[S, P]
+  window = model.config.sliding_window  # tokens a query sees, itself included
 
   def attend(q, k, v, kv, layer):
     kv = kv_pages.write(kv, layer, k, v, packed.pages, packed.offsets)
@@ -106,7 +107,7 @@ def _forward(
       packed.kv_lens,
       query_starts=packed.query_starts,
       max_query_len=1 if num_tokens is None else settings.chunk_size,
-      local_window_size=model.config.sliding_window,
+      local_window_size=None if window is None else window - 1,
       implementation=settings.implementation,
     )
     return out, kv

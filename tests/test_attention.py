@@ -1,6 +1,7 @@
 """The public ops: the numbers of `jax.nn.dot_product_attention`, JAX transformations, choice of kernel, bad input."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +44,13 @@ SWAPS = {
 
 @pytest.mark.parametrize("name", SWAPS)
 def test_same_numbers_as_jax_nn(name):
-  def loss(op, arrays):
-    out = op(*arrays, **SWAPS[name])
-    return (out * cotangent).sum(), out
+  @functools.partial(jax.jit, static_argnums=0, compiler_options=cases.QUICK)
+  def run(op, arrays, cotangent):
+    out, pull = jax.vjp(lambda q, k, v: op(q, k, v, **SWAPS[name]), *arrays)
+    return out, pull(cotangent)
 
-  arrays, cotangent = qkv(), normal(2, 20, 4, 8)
-  (_, out), gradients = jax.jit(jax.value_and_grad(functools.partial(loss, flash_attention), has_aux=True))(arrays)
-  (_, want), wanted = jax.jit(jax.value_and_grad(functools.partial(loss, jax_nn), has_aux=True))(arrays)
+  out, gradients = run(flash_attention, qkv(), normal(2, 20, 4, 8))
+  want, wanted = run(jax_nn, qkv(), normal(2, 20, 4, 8))
   assert_close(out, want)
   for got, want in zip(gradients, wanted, strict=True):
     assert_close(got, want, factor=4)
@@ -115,8 +116,8 @@ def test_transformations_change_nothing():
   def op(q, k, v, kv_len):  # unbatched
     return flash_attention(q, k, v, key_value_seq_lengths=kv_len[None], is_causal=True, local_window_size=(9, 0))
 
-  def loss(*arrays):
-    return jnp.sin(jax.vmap(op)(*arrays, lens)).sum()
+  def loss(q, k, v):
+    return jnp.sin(jax.vmap(op)(q, k, v, lens)).sum()
 
   want = flash_attention(q, k, v, key_value_seq_lengths=lens, is_causal=True, local_window_size=(9, 0))
   _, scanned = jax.lax.scan(lambda carry, x: (carry, op(*x)), 0, (q, k, v, lens))
@@ -125,9 +126,8 @@ def test_transformations_change_nothing():
   gradient = jax.grad(loss, (0, 1, 2))
   wanted = gradient(q, k, v)
   assert any(jnp.abs(x).max() > 0.1 for x in wanted)
-  for transformed in (jax.grad(jax.checkpoint(loss), (0, 1, 2)), jax.jit(gradient)):
-    for got, want in zip(transformed(q, k, v), wanted, strict=True):
-      assert_close(got, want, factor=2)
+  for got, want in zip(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(q, k, v), wanted, strict=True):
+    assert_close(got, want, factor=2)
 
 
 def test_views_and_broadcasts_equal_copies():
@@ -138,7 +138,7 @@ def test_views_and_broadcasts_equal_copies():
   assert_close(flash_attention(q, one, v), flash_attention(q, one.copy(), v))
 
 
-@pytest.mark.parametrize("sinks", [None, np.float32([0, 1, 2, 3])], ids=["no_sinks", "sinks"])
+@pytest.mark.parametrize("sinks", [None, np.array([0, 1, 2, 3], np.float32)], ids=["no_sinks", "sinks"])
 def test_empty_axes(sinks):
   q, k, v = qkv()
   out, lse = flash_attention(q, k[:, :0], v[:, :0], sinks=sinks, return_residual=True)
@@ -154,8 +154,8 @@ def test_empty_axes(sinks):
 
 
 def test_default_tiles_on_several_blocks():
-  call = dict(zip(("query", "key", "value"), qkv(shape=(1, 300, 2, 8), num_kv_heads=1, kv_len=420), strict=True))
-  call.update(is_causal=True, local_window_size=(200, 0))
+  q, k, v = qkv(shape=(1, 300, 2, 8), num_kv_heads=1, kv_len=420)
+  call: dict[str, Any] = dict(query=q, key=k, value=v, is_causal=True, local_window_size=(200, 0))
   out, lse = flash_attention(**call, return_residual=True)
   want_out, want_lse = oracle.flash(**call)
   assert_close(out, want_out)
@@ -170,7 +170,7 @@ def test_default_tiles_on_several_blocks():
 def test_paged_attention_runs_to_its_capacity_and_no_further():
   call = cases.paged_call(kv_lens=[48, 3])  # 12 pages of 4 tokens
   assert np.isfinite(paged_attention(**call)).all()
-  call["kv_lens"] = np.int32([49, 3])
+  call["kv_lens"] = cases.i32(49, 3)
   with pytest.raises(ValueError, match=r"kv_lens must be within 0..48, got \[49, 3\]"):
     paged_attention(**call)
 
@@ -185,7 +185,7 @@ def test_paged_attention_is_traced_once():
     return paged_attention(**call)
 
   step(call)
-  step(dict(call, kv_lens=np.int32([7, 0]), pages=call["pages"][::-1]))
+  step(dict(call, kv_lens=cases.i32(7, 0), pages=call["pages"][::-1]))
   assert len(traces) == 1
 
 
@@ -242,11 +242,13 @@ FLASH_ERRORS = {
   r"key must have shape \(2, 20, 2, 8\), got \(2, 20, 2, 7\)": dict(key=K[..., :7]),
   r"value must have shape \(2, 20, 2, 8\), got \(2, 19, 2, 8\)": dict(value=V[:, 1:]),
   r"query must have a multiple of the 2 key/value heads, got 3 heads": dict(query=Q[:, :, :3]),
-  r"bias must broadcast to \[B, H, T, S\] = \(2, 4, 20, 20\), got shape \(3, 1, 20, 20\)": dict(bias=normal(3, 1, 20, 20)),
+  r"bias must broadcast to \[B, H, T, S\] = \(2, 4, 20, 20\), got shape \(3, 4, 20, 20\)": dict(
+    bias=normal(3, 4, 20, 20)
+  ),
   r"mask must be bool, got float32": dict(mask=normal(20, 20)),
-  r"query_seq_lengths must have shape \(2,\), got \(3,\)": dict(query_seq_lengths=np.int32([1, 2, 3])),
-  r"key_value_seq_lengths must be int32, got float32": dict(key_value_seq_lengths=np.float32([1, 2])),
-  r"key_value_seq_lengths must be within 0..20, got \[21, 2\]": dict(key_value_seq_lengths=np.int32([21, 2])),
+  r"query_seq_lengths must have shape \(2,\), got \(3,\)": dict(query_seq_lengths=cases.i32(1, 2, 3)),
+  r"key_value_seq_lengths must be int32, got float32": dict(key_value_seq_lengths=np.array([1, 2], np.float32)),
+  r"key_value_seq_lengths must be within 0..20, got \[21, 2\]": dict(key_value_seq_lengths=cases.i32(21, 2)),
   r"local_window_size must be .*, got \(1, 2, 3\)": dict(local_window_size=(1, 2, 3)),
   r"local_window_size must be .*, got -1": dict(local_window_size=-1),
   r"segment_ids of the keys must have shape \(2, 20\), got \(2, 19\)": dict(
@@ -275,12 +277,12 @@ PAGED_ERRORS = {
   r"v_pages must have shape": dict(v_pages=PAGED["v_pages"][1:]),
   r"pages must be \[B, P\], got shape \(12,\)": dict(pages=PAGED["pages"][0]),
   r"pages must be int32, got float32": dict(pages=PAGED["pages"].astype(np.float32)),
-  r"kv_lens must have shape \(2,\), got \(3,\)": dict(kv_lens=np.int32([1, 2, 3])),
+  r"kv_lens must have shape \(2,\), got \(3,\)": dict(kv_lens=cases.i32(1, 2, 3)),
   r"max_query_len must be a static int of at least 1, got 0": dict(max_query_len=0),
   r"query_starts must leave each sequence at most max_query_len = 2 tokens": dict(max_query_len=2),
-  r"query_starts must rise from 0 to at most T = 6, got \[0, 3, 7\]": dict(query_starts=np.int32([0, 3, 7])),
-  r"query_starts must have shape \(3,\)": dict(query_starts=np.int32([0, 3])),
-  r"kv_lens must count the query tokens, got \[2, 5\] for \[3, 1\]": dict(kv_lens=np.int32([2, 5])),
+  r"query_starts must rise from 0 to at most T = 6, got \[0, 3, 7\]": dict(query_starts=cases.i32(0, 3, 7)),
+  r"query_starts must have shape \(3,\)": dict(query_starts=cases.i32(0, 3)),
+  r"kv_lens must count the query tokens, got \[2, 5\] for \[3, 1\]": dict(kv_lens=cases.i32(2, 5)),
   r"without query_starts there must be one query token for each sequence": dict(query_starts=None),
   r"k_scales and v_scales must be given together": dict(k_scales=np.ones((48, 4, 2), np.float32)),
 }

@@ -1,11 +1,11 @@
 """Tiled attention in plain JAX: online softmax over blocks, O(N) memory forward and backward, any backend.
 
 Blocks that no query can see (causal bound, window, lengths) are not visited: loop bounds are dynamic, so time follows
-the visible blocks. Where an axis is no multiple of its block, the last block starts early and what it repeats is masked,
-so that nothing is padded or copied. Keys that no query may see may hold anything, NaN and infinities included.
+the visible blocks. Where an axis is no multiple of its block, the last block starts early and what it repeats is
+masked, so that nothing is padded or copied. Keys that no query sees may hold anything, NaN and infinities included.
 
-Notation of Dao et al. 2022, Algorithm 1 (forward) and 2 (backward): their B_r, B_c are `block_q`, `block_kv`; l_i and m_i
-are `total` and `top`; the unscaled O_i is `acc`; D_i of Algorithm 2 is `delta`; P_ij and dS_ij are `p` and `ds`.
+Notation of Dao et al. 2022, Algorithms 1 (forward) and 2 (backward): their B_r, B_c are `block_q`, `block_kv`; l_i, m_i
+are `total` and `top`; O_i before the division by l_i is `acc`; D_i is `delta`; P_ij and dS_ij are `p` and `ds`.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,6 @@ from paged_flash.kernels.problem import (
   PagedOperands,
   PagedProblem,
   Problem,
-  Spans,
   spans,
 )
 
@@ -81,8 +80,13 @@ def _absorb(run: Running, scores: jax.Array, value: jax.Array, spec: str) -> Run
   return Running(top, run.total * shrink + p.sum(-1), acc)
 
 
-def _cdiv(a, b: int):
-  return (a + b - 1) // b
+def _div(a: jax.Array, b: int) -> jax.Array:
+  """a // b for a >= 0; `//` on arrays would spend operations on negative ones."""
+  return lax.div(a, jnp.asarray(b, a.dtype))
+
+
+def _cdiv(a: jax.Array, b: int) -> jax.Array:
+  return _div(a + b - 1, b)
 
 
 # --- flash ------------------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ class _Flash:
       end = jnp.minimum(end, last_row + offsets + right + 1)
     if left is not None:
       begin = jnp.maximum(begin, first_row + offsets - left)
-    return begin.min() // self.block_kv, _cdiv(end.max(), self.block_kv)
+    return _div(begin.min(), self.block_kv), _cdiv(end.max(), self.block_kv)
 
   def query_blocks(self, j: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First and one past the last query block that may see some column of key block j."""
@@ -197,7 +201,7 @@ class _Flash:
       begin = jnp.maximum(begin, first - offsets - right)
     if left is not None:
       end = jnp.minimum(end, last - offsets + left + 1)
-    return begin.min() // self.block_q, _cdiv(end.max(), self.block_q)
+    return _div(begin.min(), self.block_q), _cdiv(end.max(), self.block_q)
 
 
 def forward(
@@ -241,7 +245,8 @@ def backward(
 ) -> FlashGradients:
   """Algorithm 2: recomputes each block of probabilities from the LSE. Shapes as in `forward`.
 
-  With p = exp(s - lse): ds = p * (d_out v^T - delta), delta = rowsum(d_out * out) - d_lse. A sink is a key whose value is 0.
+  With p = exp(s - lse): ds = p * (d_out v^T - delta), delta = rowsum(d_out * out) - d_lse. A sink is a key whose value
+  is 0.
   """
   flash = _Flash(problem, operands, block_q, block_kv)
   alive = (jnp.arange(problem.query_len) < flash.spans.query_lens[:, None])[:, :, None]  # bool[B, T, 1]
@@ -356,22 +361,22 @@ def _decode(
 ) -> tuple[jax.Array, jax.Array]:
   """One query token per sequence: query [B, H, D] -> (out [B, H, D], lse f32[B, H]). kv_len 0 gives 0 and -inf.
 
-  All (sequence, key block) pairs form one list, of which `lanes` are computed at a time, so that the work is that of the
-  tokens held, not of the longest sequence; the parts of a sequence are merged at the end by their LSE weights.
+  All (sequence, key block) pairs form one list, of which `lanes` are computed at a time, so that the work is that of
+  the tokens held, not of the longest sequence; a sequence's parts are merged at the end, weighted by their sums.
   Products with so few rows are faster as multiply-and-sum than as batched matrix products.
   """
   head_dim, heads = problem.head_dim, (problem.num_kv_heads, problem.num_heads // problem.num_kv_heads)
   table = _page_blocks(problem, operands, block_kv)
   block = table.shape[2] * problem.page_size
   first_key = jnp.zeros_like(kv_lens) if problem.window is None else jnp.maximum(kv_lens - 1 - problem.window, 0)
-  first_block = first_key // block
+  first_block = _div(first_key, block)
   counts = jnp.maximum(_cdiv(kv_lens, block) - first_block, 0)
   ends = jnp.cumsum(counts)
   query = query.reshape(-1, 1, *heads, head_dim).astype(jnp.float32) * problem.scale  # f32[B, 1, K, G, D]
 
   def some_pairs(step, parts):
     item = step * lanes + jnp.arange(lanes)
-    sequence = jnp.searchsorted(ends, item, side="right")  # B for lanes beyond the list
+    sequence = jnp.searchsorted(ends, item, side="right", method="compare_all")  # B for lanes beyond the list
     b = jnp.minimum(sequence, problem.batch - 1)
     index = first_block[b] + item - (ends - counts)[b]
     position = index[:, None] * block + jnp.arange(block)
@@ -386,7 +391,7 @@ def _decode(
     part = Running(top, p.sum(1), (p[..., None] * value).sum(1))
     return Running(*(x.at[sequence, index].set(y, mode="drop") for x, y in zip(parts, part, strict=True)))
 
-  parts = _fresh((*table.shape[:2], *heads), head_dim)
+  parts = _fresh((problem.batch, table.shape[1], *heads), head_dim)
   parts = lax.fori_loop(0, _cdiv(ends[-1], lanes), some_pairs, parts)
   top = parts.top.max(1)
   weight = jnp.exp(parts.top - _finite(top)[:, None])
@@ -400,7 +405,7 @@ def _decode(
 def _prefill(
   problem: PagedProblem, operands: PagedOperands, query_lens: jax.Array, block_q: int, block_kv: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Packed chunks of any lengths, one (sequence, block_q tokens) tile after the other. Sequences of length 0 are skipped."""
+  """Packed chunks of any lengths, one (sequence, block_q tokens) tile after the other; query_len 0 has no tile."""
   starts, kv_lens = operands.query_starts, operands.kv_lens
   assert starts is not None
   table = _page_blocks(problem, operands, block_kv)
@@ -412,14 +417,14 @@ def _prefill(
   sinks = _sinks(problem, operands)
 
   def tile(step, state):
-    b = jnp.searchsorted(ends, step, side="right")
+    b = jnp.searchsorted(ends, step, side="right", method="compare_all")
     first = (step - ends[b] + _cdiv(query_lens[b], block_q)) * block_q  # the tile's first query of this sequence
     rows = first + jnp.arange(block_q)
     position = rows + kv_lens[b] - query_lens[b]  # i32[block_q], where the queries stand among the keys
     alive = rows < query_lens[b]
     query = lax.dynamic_slice_in_dim(packed, starts[b] + first, block_q)
     end = jnp.minimum(position[0] + block_q, kv_lens[b])
-    begin = 0 if problem.window is None else jnp.maximum(position[0] - problem.window, 0) // block
+    begin = 0 if problem.window is None else _div(jnp.maximum(position[0] - problem.window, 0), block)
 
     def kv_block(j, run):
       column = j * block + jnp.arange(block)

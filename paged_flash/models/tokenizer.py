@@ -34,7 +34,7 @@ class Tokenizer:
     >>> from paged_flash.models import load
     >>> tokenizer = load("smollm2-135m-instruct").tokenizer
     >>> tokenizer.encode("Paged attention")
-    [64, 5109, 6042]
+    [64, 2450, 2674]
   """
 
   def __init__(
@@ -58,7 +58,11 @@ class Tokenizer:
     return self._core.get_vocab_size(with_added_tokens=True)
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text. Nothing is added; the text of a special token becomes its id."""
+    """Ids of a text. Nothing is added; the text of a special token becomes its id.
+
+    Bytes that the vocabulary lacks are dropped, as llama.cpp and Transformers do; SmolLM2's lacks six control
+    characters and the unassigned planes 4 to 11 of Unicode.
+    """
     return self._core.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:

@@ -186,6 +186,7 @@ class Model:
     tokenizer: None for random weights and for files that bring none.
 
   Example:
+    >>> from paged_flash.models import load
     >>> model = load(ModelConfig(vocab_size=9, embed_dim=4, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=8))
     >>> attend = lambda q, k, v, kv, layer: (q, kv)
     >>> run = jax.jit(lambda params, tokens: model.bind(params)(tokens, jnp.arange(3), None, attend)[0])

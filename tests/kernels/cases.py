@@ -1,4 +1,4 @@
-"""Calls of both ops for the kernel tests: numpy arguments by name, drawn from one seed, and a jitted run of a kernel."""
+"""Calls of both ops for the kernel tests: numpy arguments by name, drawn from fixed seeds; and a kernel run."""
 
 import functools
 
@@ -8,6 +8,7 @@ import numpy as np
 from paged_flash.kernels import xla
 
 TILES = dict(block_q=16, block_kv=24)  # several blocks each way at test sizes
+QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is nearly all the time of these tests
 
 # name -> (B, T, S, H, K, D, arguments). A string argument names an array that `flash_call` draws.
 FLASH = {
@@ -50,6 +51,10 @@ FLASH = {
 }
 
 
+def i32(*values):
+  return np.array(values, np.int32)
+
+
 def normal(rng, *shape):
   return rng.standard_normal(shape).astype(np.float32)
 
@@ -89,12 +94,19 @@ def cotangents(call: dict) -> tuple[np.ndarray, np.ndarray]:
   return normal(rng, *call["query"].shape).astype(call["query"].dtype), normal(rng, *call["query"].shape[:-1])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def run(kernel, problem, operands, d_out, d_lse):
-  """Forward and backward of one kernel: (out, lse, gradients). Shared by the test modules, so that each is compiled once."""
+  """Forward and backward of one kernel: (out, lse, gradients). The test modules share what it has compiled."""
   tiles = TILES if kernel is xla else {}
   out, lse = kernel.forward(problem, operands, **tiles)
   return out, lse, kernel.backward(problem, operands, out, lse, d_out, d_lse, **tiles)
+
+
+def temporary_bytes(lowered: jax.stages.Lowered) -> int:
+  """What the compiled program allocates besides its arguments and results."""
+  analysis = lowered.compile().memory_analysis()
+  assert analysis is not None
+  return analysis.temp_size_in_bytes
 
 
 def paged_call(

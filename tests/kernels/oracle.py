@@ -43,7 +43,9 @@ def flash(
   mask = np.broadcast_to(True if mask is None else mask, shape)
   scale = 1 / np.sqrt(head_dim) if scale is None else scale
   window = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
-  segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+  if segment_ids is None:
+    segment_ids = np.zeros((batch, max(rows, columns)), np.int32)
+  query_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
   out, lse = np.zeros(query.shape), np.full((batch, rows, heads), -np.inf)
   j = np.arange(columns)
   for b in range(batch):
@@ -53,13 +55,11 @@ def flash(
     if rows == columns and (query_seq_lengths is None) != (key_value_seq_lengths is None):
       shift = 0
     for i in range(query_len):
-      sees = j < kv_len
+      sees = (j < kv_len) & (kv_ids[b, :columns] == query_ids[b, i])
       if is_causal:
         sees &= j <= i + shift
       if window is not None:
         sees &= (j >= i + shift - window[0]) & (j <= i + shift + window[1])
-      if segments[0] is not None:
-        sees &= segments[1][b] == segments[0][b][i]
       for h in range(heads):
         seen = np.flatnonzero(sees & mask[b, h, i])
         kv = h // (heads // kv_heads)

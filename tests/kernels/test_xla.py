@@ -1,6 +1,7 @@
 """The tiled kernel with small tiles (several blocks each way) against the oracle and the definition."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,15 @@ def test_forward_is_the_oracle_and_backward_the_definition(name):
 @pytest.mark.parametrize("name", cases.FLASH)
 def test_only_blocks_with_visible_pairs_are_visited(name):
   problem, operands = flash_problem(**cases.flash_call(name))
-  flash = xla._Flash(problem, operands, **TILES)
-  visible = np.asarray(reference.visible(problem, operands)).any((0, 1))
-  steps = (flash.block_q, flash.block_kv)
+
+  @functools.partial(jax.jit, compiler_options=cases.QUICK)
+  def bounds(operands):
+    flash = xla._Flash(problem, operands, **TILES)
+    visible = reference.visible(problem, operands).any((0, 1))
+    return visible, jax.vmap(flash.kv_blocks)(jnp.arange(99)), jax.vmap(flash.query_blocks)(jnp.arange(99))
+
+  visible, kv_bounds, query_bounds = (np.asarray(x) for x in bounds(operands))
+  steps = (min(TILES["block_q"], problem.query_len), min(TILES["block_kv"], problem.kv_len))
   counts = [-(-size // step) for size, step in zip(visible.shape, steps, strict=True)]
   needed = np.array(
     [
@@ -43,9 +50,9 @@ def test_only_blocks_with_visible_pairs_are_visited(name):
     ]
   )
   is_exact = not (problem.has_segments or problem.has_mask or problem.has_query_lens or problem.has_kv_lens)
-  for bounds, table in ((flash.kv_blocks, needed), (flash.query_blocks, needed.T)):
+  for all_bounds, table in ((kv_bounds, needed), (query_bounds, needed.T)):
     for index, row in enumerate(table):
-      begin, end = (int(x) for x in bounds(jnp.int32(index)))
+      begin, end = all_bounds[:, index]
       visited = np.isin(np.arange(len(row)), np.arange(begin, end))
       assert not (row & ~visited).any()
       if is_exact and index < len(table) - 1:  # the last block starts early, so it may reach a little further
@@ -56,7 +63,8 @@ def test_bitwise_repeatable():
   call = cases.flash_call("everything")
   problem, operands = flash_problem(**call)
   first, second = (run(xla, problem, operands, *cotangents(call)) for _ in range(2))
-  assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    assert (np.asarray(a) == np.asarray(b)).all()
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
@@ -72,7 +80,7 @@ def test_keys_nobody_sees_hold_anything(garbage):
   d_out, d_lse = cotangents(call)
   d_out, d_lse = (np.where(past_query[..., *[None] * (x.ndim - 2)], np.float32(garbage), x) for x in (d_out, d_lse))
   dirty = run(xla, problem, flash_problem(**dirty_call)[1], d_out, d_lse)
-  for a, b in zip(*map(jax.tree.leaves, (clean, dirty)), strict=True):
+  for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
     assert np.isfinite(b[np.asarray(b) != -np.inf]).all()
     assert (np.asarray(a) == np.asarray(b)).all()
 
@@ -116,9 +124,9 @@ def test_values_in_one_to_two_do_not_reveal_padding():
 def test_low_precision_is_within_twice_the_plain_error(dtype):
   # FlashAttention's rule: max|out - ref| <= 2 max|plain - ref| + rounding, for the output and each gradient.
   call = cases.flash_call("causal_gqa3")
-  call = {k: jnp.asarray(v, dtype) if isinstance(v, np.ndarray) else v for k, v in call.items()}
+  call: dict[str, Any] = {k: jnp.asarray(v, dtype) if isinstance(v, np.ndarray) else v for k, v in call.items()}
   d_out, d_lse = cotangents(call)
-  wide = {k: v.astype(jnp.float32) if isinstance(v, jax.Array) else v for k, v in call.items()}
+  wide: dict[str, Any] = {k: v.astype(jnp.float32) if isinstance(v, jax.Array) else v for k, v in call.items()}
   problem, operands = flash_problem(**call)
   out, _, gradients = run(xla, problem, operands, d_out, 0 * d_lse)
   assert out.dtype == dtype and gradients.key.dtype == dtype
@@ -130,7 +138,7 @@ def test_low_precision_is_within_twice_the_plain_error(dtype):
     scores = jnp.where(jnp.tri(64, dtype=bool), scores, -jnp.inf)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), v)
 
-  plain_out, pull = jax.vjp(plain, call["query"], call["key"], call["value"])
+  plain_out, pull = jax.vjp(jax.jit(plain), call["query"], call["key"], call["value"])
   triples = [(out, plain_out, want), *zip(gradients[:3], pull(jnp.asarray(d_out)), wanted[:3], strict=True)]
   for got, low, ref in triples:
     got, low, ref = (np.asarray(x, np.float32) for x in (got, low, ref))
@@ -150,7 +158,7 @@ def temporaries(kernel, tokens: int, *, is_backward: bool) -> int:
     out, lse = kernel.forward(problem, operands, **tiles)
     return kernel.backward(problem, operands, out, lse, d_out, d_lse, **tiles)[:3] if is_backward else (out, lse)
 
-  return jax.jit(call).lower(x, x, x, x, lse).compile().memory_analysis().temp_size_in_bytes
+  return cases.temporary_bytes(jax.jit(call).lower(x, x, x, x, lse))
 
 
 @pytest.mark.parametrize("is_backward", [False, True])

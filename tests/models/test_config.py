@@ -1,6 +1,7 @@
 """ModelConfig: checks, what it reads from files' descriptions, and rope frequencies against the formulas."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from paged_flash.models import ModelConfig, RopeScaling
 from paged_flash.models.config import from_gguf, from_hf
 
-SIZES = dict(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48)
-HF = {
+SIZES: dict[str, Any] = dict(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48)
+HF: dict[str, Any] = {
   "model_type": "llama",
   "vocab_size": 64,
   "hidden_size": 32,
@@ -19,7 +20,7 @@ HF = {
   "num_key_value_heads": 2,
   "max_position_embeddings": 128,
 }
-GGUF = {
+GGUF: dict[str, Any] = {
   "general.architecture": "qwen3",
   "qwen3.context_length": 128,
   "qwen3.embedding_length": 32,
@@ -31,6 +32,10 @@ GGUF = {
   "qwen3.attention.layer_norm_rms_epsilon": 1e-6,
   "tokenizer.ggml.tokens": ["x"] * 64,
 }
+
+
+def make(**changes: Any) -> ModelConfig:
+  return ModelConfig(**{**SIZES, **changes})
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,7 @@ GGUF = {
 )
 def test_impossible_sizes_are_named(change, message):
   with pytest.raises(ValueError, match=message):
-    ModelConfig(**(SIZES | change))
+    make(**change)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +84,13 @@ def test_impossible_rope_scaling_is_named(values, message):
 
 
 def test_head_dim_need_not_divide_the_embedding():
-  config = ModelConfig(**(SIZES | dict(embed_dim=30, head_dim=16)))
+  config = make(embed_dim=30, head_dim=16)
   assert config.head_dim == 16 and config.kv_values_per_token == 2 * 2 * 2 * 16
-  assert hash(config) == hash(ModelConfig(**(SIZES | dict(embed_dim=30, head_dim=16))))
+  assert hash(config) == hash(make(embed_dim=30, head_dim=16))
 
 
 def frequencies(scaling: RopeScaling, base: float = 500_000.0, head_dim: int = 128):
-  return ModelConfig(**(SIZES | dict(rope_base=base, head_dim=head_dim, rope_scaling=scaling))).rope_frequencies()
+  return make(rope_base=base, head_dim=head_dim, rope_scaling=scaling).rope_frequencies()
 
 
 def test_plain_and_linear_frequencies():
@@ -138,7 +143,7 @@ def test_yarn_frequencies(truncate):
 
 def test_from_hf_llama_defaults_and_values():
   config = from_hf(HF)
-  assert config == ModelConfig(**SIZES, max_seq_len=128, norm_eps=1e-6)
+  assert config == make(max_seq_len=128, norm_eps=1e-6)
   assert from_hf({k: v for k, v in HF.items() if k != "num_key_value_heads"}).num_kv_heads == 4
   config = from_hf(HF | {"attention_bias": True, "mlp_bias": True, "rope_theta": 5e5, "head_dim": 16})
   assert config.qkv_bias and config.out_bias and config.mlp_bias
@@ -192,7 +197,7 @@ def test_from_hf_refuses(change, message):
 def test_from_gguf():
   names = ["output.weight", "blk.0.attn_q_norm.weight"]
   config = from_gguf(GGUF, names)
-  assert config == ModelConfig(**SIZES, head_dim=16, max_seq_len=128, norm_eps=1e-6, qk_norm=True)
+  assert config == make(head_dim=16, max_seq_len=128, norm_eps=1e-6, qk_norm=True)
   assert from_gguf(GGUF, []).tie_embeddings
   biased = from_gguf(GGUF, ["blk.0.attn_q.bias", "blk.0.attn_output.bias", "blk.0.ffn_gate.bias"])
   assert biased.qkv_bias and biased.out_bias and biased.mlp_bias and not biased.qk_norm

@@ -1,5 +1,7 @@
 """Tiny GGUF files written with the `gguf` package, against a forward pass in numpy float64; and broken ones."""
 
+from typing import Any
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +75,7 @@ def write(path, tensors, *, arch="llama", dtypes=lambda name: Type.F32, **keys):
   return stored
 
 
-def forward(w, *, neighbours: bool, base: float = 10_000.0, divisors=1.0) -> np.ndarray:
+def forward(w, *, neighbours: bool, base: float = 10_000.0, divisors: Any = 1.0) -> np.ndarray:
   """Logits [T, V] in float64, straight from the file's tensors: rotates neighbours where the file wants that."""
   w = {name: array.astype(np.float64) for name, array in w.items()}
   angles = np.arange(len(TOKENS))[:, None] / base ** (2 * np.arange(D // 2) / D) / divisors  # [T, D / 2]

@@ -1,7 +1,9 @@
 """The tokenizer against llama.cpp's ids, round trips, streaming, and chat templates."""
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -13,33 +15,51 @@ from paged_flash.models.gguf_file import GGUFFile
 from paged_flash.models.load import _resolve
 from paged_flash.models.tokenizer import from_folder, from_gguf
 
-CASES = json.loads((Path(__file__).parents[1] / "data" / "tokenizer_cases.json").read_text())
+DATA = Path(__file__).parents[1] / "data"
+CASES = json.loads((DATA / "tokenizer_cases.json").read_text())
 METADATA = GGUFFile(_resolve("smollm2-135m-instruct")).metadata
-SMOLLM2 = from_gguf(METADATA)
-assert SMOLLM2 is not None
-HELLO = [{"role": "user", "content": "Hello"}]
+LACKING = "\x04\x06\x13\x14\x16\x1d"  # SmolLM2's vocabulary lacks these, and the first bytes of planes 4 to 11
+HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
+
+
+def tokenizer_of(metadata) -> Tokenizer:
+  tokenizer = from_gguf(metadata)
+  assert tokenizer is not None
+  return tokenizer
+
+
+SMOLLM2 = tokenizer_of(METADATA)
+
+
+@pytest.fixture(scope="module")
+def with_numbers():
+  """SmolLM2's metadata with tokens for numbers, as the script that made the cases had them."""
+  spec = importlib.util.spec_from_file_location("make_tokenizer_cases", DATA / "make_tokenizer_cases.py")
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.with_numbers(METADATA)
 
 
 @pytest.mark.parametrize("pre", CASES["ids"])
-def test_ids_equal_llama_cpp(pre):
-  tokenizer = from_gguf(METADATA | {"tokenizer.ggml.pre": pre})
-  assert tokenizer is not None
+def test_ids_equal_llama_cpp(pre, with_numbers):
+  tokenizer = tokenizer_of(with_numbers | {"tokenizer.ggml.pre": pre})
   pairs = [(text, ids) for text, ids in zip(CASES["texts"], CASES["ids"][pre], strict=True) if ids is not None]
   assert len(pairs) >= 60
   for text, ids in pairs:
     assert tokenizer.encode(text) == ids, text
-    assert tokenizer.decode(ids, skip_special=False) == text
+    if "lacks" not in text:
+      assert tokenizer.decode(ids, skip_special=False) == text
 
 
-def test_the_pre_tokenizers_differ_on_these_texts():
+def test_every_pre_tokenizer_differs_somewhere():
   ids = CASES["ids"]
-  assert len({json.dumps([ids[pre][i] for i in range(len(CASES["texts"])) if ids["qwen2"][i]]) for pre in ids}) == len(
-    ids
-  )
+  common = [i for i in range(len(CASES["texts"])) if ids["qwen2"][i] is not None]
+  assert len({json.dumps([ids[pre][i] for i in common]) for pre in ids}) == len(ids)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text())
+@given(st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters=LACKING)))
 def test_round_trip(text):
   assert SMOLLM2.decode(SMOLLM2.encode(text), skip_special=False) == text
 
@@ -87,10 +107,28 @@ def test_streaming_any_ids_equals_decoding_them(ids):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"], exclude_characters="\ufffd")))
+@given(
+  st.text(
+    st.characters(min_codepoint=0x80, max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters="\ufffd")
+  )
+)
 def test_streaming_never_shows_a_broken_character(text):
   pieces, rest = stream(SMOLLM2.encode(text))
   assert all("\ufffd" not in piece for piece in pieces) and rest == ""
+
+
+def test_streaming_keeps_spaces_that_only_show_in_context():
+  """Decoders of the SentencePiece kind drop the space before the first token they are given."""
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁one": 0, "▁two": 1, "s": 2}, "s"))
+  core.decoder = tokenizers.decoders.Metaspace()
+  streamed = Tokenizer(core).stream()
+  assert [streamed.push(token) for token in (0, 1, 2, 0)] == ["one", " two", "s", " one"]
+
+
+def test_qwen2_normalises_unicode():
+  tokenizer = tokenizer_of(METADATA | {"tokenizer.ggml.pre": "qwen2"})
+  assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9") == SMOLLM2.encode("caf\u00e9")
+  assert SMOLLM2.encode("cafe\u0301") != SMOLLM2.encode("caf\u00e9")
 
 
 def test_chat_template():
@@ -139,9 +177,15 @@ def test_templates_are_sandboxed_and_may_refuse():
 
 
 def test_templates_get_what_transformers_gives_them():
-  blocks = "{{ bos_token }}\n{% for m in messages %}\n  {% if m.role == 'skip' %}\n  {% continue %}\n  {% endif %}\n{{ m | tojson }}\n{% endfor %}"
+  template = """{{ bos_token }}
+{% for message in messages %}
+  {% if message.role == 'skip' %}
+    {% continue %}
+  {% endif %}
+{{ message | tojson }}
+{% endfor %}"""
   messages = [{"role": "skip", "content": ""}, {"role": "user", "content": "é <b>"}]
-  assert with_template(blocks).apply_chat_template(messages) == '<s>\n{"role": "user", "content": "é <b>"}\n'
+  assert with_template(template).apply_chat_template(messages) == '<s>\n{"role": "user", "content": "é <b>"}\n'
 
 
 @pytest.mark.parametrize(
@@ -167,12 +211,12 @@ def test_unusable_metadata_is_named(change, message):
 
 def test_metadata_variants():
   assert from_gguf({}) is None
-  tokenizer = from_gguf(METADATA | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 0})
-  assert tokenizer is not None and tokenizer.prefix_ids == (1,) and tokenizer.eos_ids == (2, 0)
+  tokenizer = tokenizer_of(METADATA | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 0})
+  assert tokenizer.prefix_ids == (1,) and tokenizer.eos_ids == (2, 0)
   types = list(METADATA["tokenizer.ggml.token_type"])
   types[0] = 4  # defined by a user: found in text, but part of what is shown
-  tokenizer = from_gguf(METADATA | {"tokenizer.ggml.token_type": types})
-  assert tokenizer is not None and tokenizer.decode(tokenizer.encode("<|endoftext|>")) == "<|endoftext|>"
+  tokenizer = tokenizer_of(METADATA | {"tokenizer.ggml.token_type": types})
+  assert tokenizer.decode(tokenizer.encode("<|endoftext|>")) == "<|endoftext|>"
 
 
 @pytest.fixture
