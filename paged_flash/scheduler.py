@@ -215,7 +215,7 @@ def plan(state: State, *, token_budget: int, chunk_size: int | None = None) -> t
   take = jnp.where((runs & served) | admitted, take, 0)
 
   # Back to slot order, and into the table.
-  back = jnp.argsort(slot)
+  back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
   row, kept, admitted, shares, victims, take = (a[back] for a in (row, kept, admitted, shares, victims, take))
   parent, computed, num_tokens = parent[back], computed[back], num_tokens[back]
   rows = jnp.where(kept | admitted, row, NOBODY)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_flash.attention import KERNELS, choose, explain, flash_attention, flash_problem, paged_attention
+from paged_flash.attention import KERNELS, choose, explain, flash_attention, paged_attention
+from paged_flash.kernels.arguments import flash_problem
 from tests.kernels import cases, oracle
 from tests.tolerances import assert_close
 
@@ -277,6 +278,9 @@ PAGED_ERRORS = {
   r"v_pages must have shape": dict(v_pages=PAGED["v_pages"][1:]),
   r"pages must be \[B, P\], got shape \(12,\)": dict(pages=PAGED["pages"][0]),
   r"pages must be int32, got float32": dict(pages=PAGED["pages"].astype(np.float32)),
+  r"pages must be within 0..47 for the 9 tokens of row 0, got \[1, 48, 2\]": dict(
+    pages=np.array([[1, 48, 2] + [-1] * 9, [3, 4] + [-1] * 10], np.int32)
+  ),
   r"kv_lens must have shape \(2,\), got \(3,\)": dict(kv_lens=cases.i32(1, 2, 3)),
   r"max_query_len must be a static int of at least 1, got 0": dict(max_query_len=0),
   r"query_starts must leave each sequence at most max_query_len = 2 tokens": dict(max_query_len=2),

@@ -98,7 +98,7 @@ def load(source: str | os.PathLike[str] | ModelConfig, *, dtype: DTypeLike = jnp
   if isinstance(source, ModelConfig):
     graphdef, state = nnx.split(Transformer(source, dtype=dtype, rngs=nnx.Rngs(seed)))
     return Model(config=source, graphdef=graphdef, params=nnx.to_pure_dict(state))
-  path = _resolve(source)
+  path = find(source)
   files = _open_folder(path) if path.is_dir() else _open_gguf(path)
   if files.config.num_layers > len(files.shapes):  # a corrupt number must not build a million layers
     raise ValueError(f"{path}: {files.config.num_layers} layers cannot come from {len(files.shapes)} tensors")
@@ -130,7 +130,12 @@ class _Weights:
   read: Callable[[str], np.ndarray]
 
 
-def _resolve(source: str | os.PathLike[str]) -> Path:
+def find(source: str | os.PathLike[str]) -> Path:
+  """The GGUF file or folder that a path or known name stands for.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
   text = os.fspath(source)
   if text in KNOWN:
     package, name, command = KNOWN[text]

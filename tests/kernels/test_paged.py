@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_flash.attention import paged_problem
 from paged_flash.kernels import reference, xla
+from paged_flash.kernels.arguments import paged_problem
 from tests.kernels import cases, oracle
 from tests.tolerances import assert_close
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from paged_flash.attention import flash_problem
 from paged_flash.kernels import reference
+from paged_flash.kernels.arguments import flash_problem
 from tests.kernels import cases, oracle
 from tests.tolerances import assert_close
 

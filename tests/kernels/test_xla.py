@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_flash.attention import flash_problem
 from paged_flash.kernels import reference, xla
+from paged_flash.kernels.arguments import flash_problem
 from tests.kernels import cases, oracle
 from tests.kernels.cases import TILES, cotangents, run
 from tests.tolerances import assert_close
