@@ -278,7 +278,7 @@ PAGED_ERRORS = {
   r"v_pages must have shape": dict(v_pages=PAGED["v_pages"][1:]),
   r"pages must be \[B, P\], got shape \(12,\)": dict(pages=PAGED["pages"][0]),
   r"pages must be int32, got float32": dict(pages=PAGED["pages"].astype(np.float32)),
-  r"pages must be within 0..47 for the 9 tokens of row 0, got \[1, 48, 2\]": dict(
+  r"pages must be within 0..47 for the 9 tokens of row 0, got \[ 1 48  2\]": dict(
     pages=np.array([[1, 48, 2] + [-1] * 9, [3, 4] + [-1] * 10], np.int32)
   ),
   r"kv_lens must have shape \(2,\), got \(3,\)": dict(kv_lens=cases.i32(1, 2, 3)),

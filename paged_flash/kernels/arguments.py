@@ -252,9 +252,7 @@ def _check_pages(pages: jax.Array, kv_lens: jax.Array, num_pages: int, page_size
   for b, kv_len in enumerate(lens):
     held = ids[b, : -(-kv_len // page_size)]
     if ((held < 0) | (held >= num_pages)).any():
-      raise ValueError(
-        f"pages must be within 0..{num_pages - 1} for the {kv_len} tokens of row {b}, got {held.tolist()}"
-      )
+      raise ValueError(f"pages must be within 0..{num_pages - 1} for the {kv_len} tokens of row {b}, got {held}")
 
 
 def _broadcastable(name: str, x: Any, full: tuple[int, ...]) -> jax.Array | None:

@@ -438,15 +438,13 @@ def _prefill(
       return _absorb(run, jnp.where(mask, scores, NEVER), value, "kgqs,skd->kgqd")
 
     run = lax.fori_loop(begin, _cdiv(end, block), kv_block, _fresh((*heads, block_q), problem.head_dim))
-    results = _finish(run, None if sinks is None else sinks[..., None])
-
-    def write(x, rows):  # the rows past this sequence's end belong to the next one
-      old = lax.dynamic_slice_in_dim(x, starts[b] + first, block_q)
-      keep = alive.reshape(-1, *[1] * (x.ndim - 1))
-      rows = jnp.where(keep, jnp.moveaxis(rows, 2, 0).astype(x.dtype), old)
-      return lax.dynamic_update_slice_in_dim(x, rows, starts[b] + first, axis=0)
-
-    return tuple(write(x, rows) for x, rows in zip(state, results, strict=True))
+    out, lse = _finish(run, None if sinks is None else sinks[..., None])
+    # Rows past this sequence's end come out as 0 and -inf; the next sequence, whose tiles come later, overwrites them.
+    results = out.astype(packed.dtype), jnp.where(alive, lse, NEVER)
+    return tuple(
+      lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(rows, 2, 0), starts[b] + first, axis=0)
+      for x, rows in zip(state, results, strict=True)
+    )
 
   state = (jnp.zeros_like(packed), jnp.full(packed.shape[:-1], NEVER, jnp.float32))
   out, lse = lax.fori_loop(0, ends[-1], tile, state)

@@ -11,7 +11,7 @@ from experiments.generate import Config, EngineConfig
 from paged_flash import Params
 from paged_flash.experiment import Workdir, load
 
-SIZES = EngineConfig(num_slots=2, num_pages=16, page_size=4, max_seq_len=32, token_budget=8)
+SIZES = EngineConfig(num_slots=2, num_pages=16, page_size=4, max_seq_len=32, token_budget=8, implementation="reference")
 
 
 @pytest.fixture
@@ -70,13 +70,15 @@ def test_a_bad_line_is_named_and_the_others_stay(prompts, line: str | bytes, err
 
 
 def test_good_lines_are_served_beside_bad_ones(prompts, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
-  path = prompts(
-    '{"id": "a", "prompt_ids": [1, 2, 3]}\n'
-    "nonsense\n"
-    '{"id": "long", "prompt_ids": [%s]}\n' % ", ".join(["1"] * 40) + '{"id": "text", "prompt": "needs a tokenizer"}\n'
-    '{"id": "hot", "prompt_ids": [1], "temperature": -1}\n'
-    '{"id": "b", "prompt_ids": [1, 2, 3], "max_tokens": 2}\n'
-  )
+  lines = [
+    '{"id": "a", "prompt_ids": [1, 2, 3]}',
+    "nonsense",
+    json.dumps(dict(id="long", prompt_ids=[1] * 40)),
+    '{"id": "text", "prompt": "needs a tokenizer"}',
+    '{"id": "hot", "prompt_ids": [1], "temperature": -1}',
+    '{"id": "b", "prompt_ids": [1, 2, 3], "max_tokens": 2}',
+  ]
+  path = prompts("\n".join(lines))
   config = Config(model="tiny", engine=SIZES, prompts=path, max_tokens=5, logprobs=True)
   workdir = Workdir.create(tmp_path / "out", config)
   generate.run(config, workdir)

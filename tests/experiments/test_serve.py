@@ -15,7 +15,7 @@ from paged_flash import Engine, Params, models
 from paged_flash.cache.page_table import PageTable
 from paged_flash.experiment import Workdir, load
 
-SIZES = EngineConfig(num_slots=3, num_pages=12, page_size=4, max_seq_len=32, token_budget=8)
+SIZES = EngineConfig(num_slots=3, num_pages=12, page_size=4, max_seq_len=32, token_budget=8, implementation="reference")
 
 
 def test_mtbench_is_spread_over_its_categories():
