@@ -139,7 +139,8 @@ def read_lines(path: str, *, max_tokens: int) -> list[Line]:
         raise ValueError(f"id {id!r} is taken by line {first[id]}")
       first[fields["id"]] = number
       (prompt,) = (fields[name] for name in _PROMPTS if name in fields)
-      params = Params(**{"max_tokens": max_tokens} | {name: fields[name] for name in _PARAMS if name in fields})
+      given = {name: fields[name] for name in _PARAMS if name in fields}
+      params = dataclasses.replace(Params(max_tokens=max_tokens), **given)
       lines.append(Line(number=number, id=id, prompt=prompt, params=params))
     except ValueError as error:
       known = id if _KINDS["id"][1](id) else None

@@ -123,7 +123,7 @@ def serve(config: Config, workdir: Workdir, watch: Callable[[list[Request]], Vie
     workdir.log(**line)
   summary = summarize(engine, records, completions) | dict(load_seconds=load_s, compile_seconds=compile_s)
   memory = compare(engine, records)
-  pool = dict(num_pages=engine.num_pages, page_size=engine.page_size, page_bytes=engine.page_bytes)
+  pool: dict[str, Any] = dict(num_pages=engine.num_pages, page_size=engine.page_size, page_bytes=engine.page_bytes)
   workdir.write_json("summary.json", summary | pool | dict(memory=memory, not_served=len(requests) - len(good)))
   names = ("prompt_ids", "output_ids", "text", "finish")
   rows = [

@@ -96,19 +96,11 @@ class Engine:
   ):
     c = model.config
     dtype = jnp.dtype(kv_dtype or jax.tree.leaves(model.params)[0].dtype)
-    _check_sizes(
-      num_slots=num_slots,
-      page_size=page_size,
-      token_budget=token_budget,
-      queue_size=queue_size,
-      num_prefixes=num_prefixes,
-      steps_per_dispatch=steps_per_dispatch,
-      **{
-        k: v
-        for k, v in dict(num_pages=num_pages, max_seq_len=max_seq_len, chunk_size=chunk_size).items()
-        if v is not None
-      },
-    )
+    sizes = dict(num_slots=num_slots, num_pages=num_pages, page_size=page_size, max_seq_len=max_seq_len)
+    sizes |= dict(token_budget=token_budget, chunk_size=chunk_size, queue_size=queue_size)
+    for name, size in (sizes | dict(num_prefixes=num_prefixes, steps_per_dispatch=steps_per_dispatch)).items():
+      if size is not None and size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
     page_bytes = 2 * c.num_layers * page_size * c.num_kv_heads * c.head_dim * dtype.itemsize
     if (num_pages is None) == (memory_bytes is None):
       raise ValueError(f"give either num_pages or memory_bytes, got {num_pages=} and {memory_bytes=}")
@@ -401,9 +393,3 @@ class Engine:
     ended = {id for events in out for id in events.ended}
     prefixes = {id: pages for id, pages in state.prefixes.items() if id not in ended}
     return EngineState(scheduler=sched, kv=kv, idle=not live, stops=stops, prefixes=prefixes), out
-
-
-def _check_sizes(**sizes: int) -> None:
-  for name, size in sizes.items():
-    if size < 1:
-      raise ValueError(f"{name} must be at least 1, got {size}")

@@ -260,7 +260,7 @@ def encode(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
   if tokenizer is None:
     raise ValueError(f"a prompt of text needs a tokenizer, and this model has none; got {prompt!r:.80}")
   if isinstance(prompt, str):
-    return tokenizer.encode(prompt)
+    return [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
   messages = [word for word in words if isinstance(word, Mapping)]
   if ids or len(messages) < len(words):
     raise ValueError(f"a prompt must be text, token ids or chat messages, not a mixture, got {prompt!r:.80}")

@@ -22,7 +22,6 @@ from jax import lax
 
 from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE, cdiv
-from paged_flash.sampling import Sampling
 from paged_flash.state import (
   CANCELLED,
   HELD,
@@ -36,6 +35,7 @@ from paged_flash.state import (
   State,
   StepEvents,
   StepPlan,
+  blank,
 )
 
 _LAST = jnp.iinfo(jnp.int32).max
@@ -68,33 +68,13 @@ def init(
     num_slots=num_slots + num_prefixes, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size
   )
   R = num_requests
-
-  def zeros(*shape, dtype=jnp.int32):
-    return jnp.zeros(shape, dtype)
-
-  sampling = Sampling(
-    temperature=zeros(R, dtype=jnp.float32),
-    top_k=zeros(R),
-    top_p=jnp.ones(R, jnp.float32),
-    seed=zeros(R, dtype=jnp.uint32),
-  )
-  requests = Requests(
-    tokens=zeros(R, max_seq_len),
-    prompt_lens=zeros(R),
-    num_tokens=zeros(R),
-    min_tokens=zeros(R),
-    max_tokens=zeros(R),
-    stop_ids=jnp.full((R, num_stop_ids), NOBODY, jnp.int32),
-    hold=zeros(R, dtype=jnp.bool),
-    sampling=sampling,
-  )
   return State(
     table=table,
-    requests=requests,
+    requests=blank(R, max_seq_len, num_stop_ids),
     arrival=jnp.full(R, NOBODY, jnp.int32),
-    finish=zeros(R),
+    finish=jnp.zeros(R, jnp.int32),
     prefix=jnp.full(R, NOBODY, jnp.int32),
-    preemptions=zeros(R),
+    preemptions=jnp.zeros(R, jnp.int32),
     running=jnp.full(num_slots, NOBODY, jnp.int32),
     holders=jnp.full(num_prefixes, NOBODY, jnp.int32),
     num_arrived=jnp.int32(0),

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from paged_flash import scheduler
 from paged_flash.cache.page_table import cdiv
-from paged_flash.sampling import Sampling
-from paged_flash.state import NOBODY, NUM_STOP_IDS, Requests, State, StepEvents
+from paged_flash.state import NOBODY, State, StepEvents, blank
 
 _BURST = 256  # steps per dispatch
 
@@ -83,7 +82,9 @@ def simulate(
     num_requests=prompts.size,
     max_seq_len=0,
   )
-  state, _ = jax.jit(scheduler.submit)(state, _requests(prompts, outputs))
+  lens, most = jnp.asarray(prompts), jnp.asarray(outputs)
+  requests = dataclasses.replace(blank(prompts.size, 0), prompt_lens=lens, num_tokens=lens, max_tokens=most)
+  state, _ = jax.jit(scheduler.submit)(state, requests)
   burst = jax.jit(functools.partial(_burst, token_budget=token_budget))
   logs, live = [], True
   with tqdm(total=int(outputs.sum()), unit="token", unit_scale=True, disable=not progress) as bar:
@@ -100,25 +101,6 @@ def simulate(
     scheduled=log.num_scheduled,
     preempted=(log.preempted != NOBODY).sum(axis=1),
     final=np.asarray(state.requests.num_tokens).astype(np.int64),
-  )
-
-
-def _requests(prompts: np.ndarray, outputs: np.ndarray) -> Requests:
-  R = prompts.size
-  return Requests(
-    tokens=jnp.zeros((R, 0), jnp.int32),
-    prompt_lens=jnp.asarray(prompts),
-    num_tokens=jnp.asarray(prompts),
-    min_tokens=jnp.zeros(R, jnp.int32),
-    max_tokens=jnp.asarray(outputs),
-    stop_ids=jnp.full((R, NUM_STOP_IDS), NOBODY),
-    hold=jnp.zeros(R, jnp.bool),
-    sampling=Sampling(
-      temperature=jnp.zeros(R),
-      top_k=jnp.zeros(R, jnp.int32),
-      top_p=jnp.ones(R),
-      seed=jnp.zeros(R, jnp.uint32),
-    ),
   )
 
 

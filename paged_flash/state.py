@@ -33,6 +33,26 @@ class Requests:
   sampling: Sampling  # [R]
 
 
+def blank(num_requests: int, max_seq_len: int, num_stop_ids: int = NUM_STOP_IDS) -> Requests:
+  """Rows that hold no request: no prompt, one output token at most, greedy."""
+
+  def full(value, dtype=jnp.int32):
+    return jnp.full(num_requests, value, dtype)
+
+  return Requests(
+    tokens=jnp.zeros((num_requests, max_seq_len), jnp.int32),
+    prompt_lens=full(0),
+    num_tokens=full(0),
+    min_tokens=full(0),
+    max_tokens=full(1),
+    stop_ids=jnp.full((num_requests, num_stop_ids), NOBODY, jnp.int32),
+    hold=full(False, jnp.bool),
+    sampling=Sampling(
+      temperature=full(0, jnp.float32), top_k=full(0), top_p=full(1, jnp.float32), seed=full(0, jnp.uint32)
+    ),
+  )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:

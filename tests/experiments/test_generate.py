@@ -1,8 +1,10 @@
 """Prompts from a file: bad lines are named, good ones are served."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from experiments.generate import Config, EngineConfig
 from paged_flash import Params
 from paged_flash.experiment import Workdir, load
 
-SIZES = EngineConfig(num_slots=2, num_pages=16, page_size=4, max_seq_len=32, token_budget=8, implementation="reference")
+SIZES = EngineConfig(num_slots=2, num_pages=16, page_size=4, max_seq_len=32, token_budget=8)
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def prompts(tmp_path: pathlib.Path) -> Callable[[str | bytes], str]:
 
 
 def test_every_field_reaches_the_request(prompts):
-  fields = dict(
+  fields: dict[str, Any] = dict(
     min_tokens=2, temperature=1, top_k=5, top_p=0.5, seed=9, stop=["x"], stop_ids=[3], ignore_eos=True, max_tokens=4
   )
   text = json.dumps({"id": "a", "prompt": "Grüße"} | fields) + '\n\n{"id": 7, "prompt_ids": [1, 2]}\n'
@@ -106,8 +108,8 @@ def test_good_lines_are_served_beside_bad_ones(prompts, tmp_path: pathlib.Path, 
     (dict(), "no line could be served"),
   ],
 )
-def test_what_cannot_run_ends_with_one_message(prompts, tmp_path: pathlib.Path, change: dict, error: str):
-  config = Config(**dict(model="tiny", engine=SIZES, prompts=prompts("nonsense\n")) | change)
+def test_what_cannot_run_ends_with_one_message(prompts, tmp_path: pathlib.Path, change: dict[str, Any], error: str):
+  config = dataclasses.replace(Config(model="tiny", engine=SIZES, prompts=prompts("nonsense\n")), **change)
   with pytest.raises(SystemExit, match=error):
     generate.run(config, Workdir.create(tmp_path / "out", config))
 

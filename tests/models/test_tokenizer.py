@@ -10,14 +10,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_flash.models import Tokenizer
+from paged_flash.models import Tokenizer, find
 from paged_flash.models.gguf_file import GGUFFile
-from paged_flash.models.load import _resolve
 from paged_flash.models.tokenizer import from_folder, from_gguf
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "tokenizer_cases.json").read_text())
-METADATA = GGUFFile(_resolve("smollm2-135m-instruct")).metadata
+METADATA = GGUFFile(find("smollm2-135m-instruct")).metadata
 LACKING = "\x04\x06\x13\x14\x16\x1d"  # SmolLM2's vocabulary lacks these, and the first bytes of planes 4 to 11
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
 
