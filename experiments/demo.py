@@ -63,5 +63,5 @@ def run(config: Config, workdir: Workdir) -> None:
 
 
 if __name__ == "__main__":
-  sys.argv += [flag for flag in _FLAGS if not any(arg.startswith(flag.partition("=")[0] + "=") for arg in sys.argv)]
+  sys.argv[1:1] = [flag for flag in _FLAGS if not any(arg.startswith(flag.partition("=")[0] + "=") for arg in sys.argv)]
   main(run)

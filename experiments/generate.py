@@ -93,7 +93,7 @@ def run(config: Config, workdir: Workdir) -> None:
     engine = Engine(load_model(config.model, config.dtype), **dataclasses.asdict(config.engine))
   except (OSError, ValueError) as error:
     sys.exit(str(error))
-  print(engine.memory)
+  print(f"{engine.memory}\nThe first step compiles.")
   served = engine.complete(
     [(line.prompt, line.params) for line in lines if not line.error], driver=config.driver, progress=True
   )

@@ -43,7 +43,7 @@ class Config:
   seed: int = 0  # of synthetic
   share_prefix: bool = True
   driver: str = "host"  # one step a dispatch; "device" for many
-  result: str = ""  # write the run to experiments/results/<result>/<device>/ too, for the documents
+  result: str = ""  # name under experiments/results/serve/<device>/ to write to; "" writes none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,9 @@ def serve(config: Config, workdir: Workdir, watch: Callable[[list[Request]], Vie
   print("\n" + table(summary, memory))
   print(f"\nPages over the run: {workdir.save_figure('occupancy.png', picture)}")
   if config.result:
-    write_result(config.result, [summary], name="run", **pool, steps=records, config=dataclasses.asdict(config))
-    write_result(config.result, memory, name="memory", **pool)
+    steps = [{key: line[key] for key in ("held", "shared", "reserved", "preempted", "slots")} for line in records]
+    write_result("serve", [summary], name=config.result, **pool, config=dataclasses.asdict(config), steps=steps)
+    write_result("serve", memory, name=f"{config.result}_memory", **pool)
 
 
 def workload(config: Config, vocab_size: int) -> list[Request]:

@@ -18,5 +18,5 @@ def tiles(problem: Problem, implementation: str) -> dict[str, int]:
   if implementation == "reference":
     return {}
   if isinstance(problem, PagedProblem):
-    return {"block_q": 32, "block_kv": 128, "lanes": 8}
+    return {"block_q": 64, "block_kv": 128, "lanes": 8}
   return {"block_q": 128, "block_kv": 128}
