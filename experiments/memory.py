@@ -47,8 +47,9 @@ def lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
   wanted = ["ContextTokens", "GeneratedTokens"]
   if not set(wanted) <= set(header):
     raise ValueError(f"config.trace must have columns {wanted}, got {header[:8]}")
-  rows = pd.read_csv(path, usecols=wanted)[: config.num_requests or None]
-  return rows[wanted[0]].to_numpy(), np.maximum(rows[wanted[1]].to_numpy(), 1)
+  rows = pd.read_csv(path, usecols=wanted)
+  prompts, outputs = (np.asarray(rows[name])[: config.num_requests or None] for name in wanted)
+  return prompts, np.maximum(outputs, 1)
 
 
 def row(timeline: Timeline, page_size: int) -> dict:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import ArrayLike
 
 from paged_flash import sampling
 from paged_flash.sampling import Sampling
@@ -11,7 +12,7 @@ from paged_flash.sampling import Sampling
 sample = jax.jit(sampling.sample)
 
 
-def params(n, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+def params(n, temperature: ArrayLike = 1.0, top_k: ArrayLike = 0, top_p: ArrayLike = 1.0, seed: ArrayLike = 0):
   def full(value, dtype):
     return jnp.broadcast_to(jnp.asarray(value, dtype), (n,))
 
