@@ -15,7 +15,7 @@ from tqdm import tqdm
 from experiments.serve import Config, Request, View, serve
 from paged_flash.experiment import Workdir, main
 
-_FLAGS = ("--config=configs/demo/smollm2.py", "--workdir=runs/demo", "--verbosity=-1")
+_FLAGS = ("--config=configs/demo/smollm2.py", "--workdir=runs/demo")
 
 
 class Answers(View):

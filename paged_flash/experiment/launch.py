@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from paged_flash.experiment import config as config_lib
@@ -30,6 +30,8 @@ def main(run: Callable[[Any, Workdir], Any]) -> None:
   def start(rest: list[str]) -> None:
     if len(rest) > 1:
       raise app.UsageError(f"unexpected arguments {rest[1:]}: options look like --config.FIELD=VALUE")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # JAX tells at length which backends are not there
     config, directory = flags.FLAGS.config, flags.FLAGS.workdir
     if directory is None:
       directory = pathlib.Path("runs", pathlib.Path(sys.argv[0]).stem, f"{datetime.datetime.now():%Y%m%d-%H%M%S}")
