@@ -44,8 +44,8 @@ class Workdir:
       config: a dataclass instance.
 
     Example:
-      >>> workdir = Workdir.create("runs/generate/first", config)  # doctest: +SKIP
-      >>> workdir.log(step=1, tokens_per_second=118.2)  # doctest: +SKIP
+      workdir = Workdir.create("runs/generate/first", config)
+      workdir.log(step=1, tokens_per_second=118.2)
     """
     workdir = cls(pathlib.Path(path))
     workdir.path.mkdir(parents=True, exist_ok=True)
