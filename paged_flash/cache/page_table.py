@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 NO_PAGE = -1
 
@@ -254,15 +255,19 @@ def _masked(pages: jax.Array, mask: jax.Array, table: PageTable) -> jax.Array:
 def _first_free(table: PageTable, count: int) -> jax.Array:
   """i32[count]: the free pages in order, N past their end.
 
-  Prefix sums in two levels, the inner one as a product with a triangle of ones: exact (counts up to 128 in f32), and
-  ten times as fast as `cumsum` over the pool on a CPU.
+  Rank and select over a bit vector (Jacobson 1989): 32 pages to a word, a prefix sum over the words' counts, then the
+  bit inside the word by halving. A prefix sum over the pool itself is several times slower on a CPU.
   """
-  block = 128
-  free = jnp.pad(table.ref_counts == 0, (0, -table.num_pages % block)).reshape(-1, block)  # bool[N/128, 128]
-  rank = (free.astype(jnp.float32) @ jnp.triu(jnp.ones((block, block), jnp.float32))).astype(jnp.int32)
-  end = jnp.cumsum(rank[:, -1])  # i32[N/128]  free pages up to the end of each block
+  free = jnp.pad(table.ref_counts == 0, (0, -table.num_pages % 32)).reshape(-1, 32)  # bool[N/32, 32]
+  words = jnp.sum(free.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
+  counts = lax.population_count(words).astype(jnp.int32)
+  end = jnp.cumsum(counts)  # i32[N/32]  free pages up to the end of each word
   k = jnp.arange(count)
-  row = jnp.searchsorted(end, k, side="right", method="compare_all")  # i32[count]  the block of the k-th free page
-  inside = k - (end - rank[:, -1])[row]  # i32[count]  its number in that block, from 0
-  column = jnp.sum(rank[row] <= inside[:, None], axis=1)
-  return jnp.where(k < end[-1], row * block + column, table.num_pages)
+  word = jnp.minimum(jnp.searchsorted(end, k, side="right", method="compare_all"), end.size - 1)  # i32[count]
+  bits, rest, place = words[word], k - (end - counts)[word], jnp.zeros_like(k)
+  for half in (16, 8, 4, 2, 1):  # is the bit that has `rest` others below it in the upper half?
+    below = lax.population_count(bits & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
+    upper = rest >= below
+    bits, rest = jnp.where(upper, bits >> half, bits), jnp.where(upper, rest - below, rest)
+    place += jnp.where(upper, half, 0)
+  return jnp.where(k < end[-1], word * 32 + place, table.num_pages)
