@@ -371,6 +371,13 @@ def test_smollm2_greedy_tokens_are_those_of_transformers(smollm2):
 
 
 @pytest.mark.slow
+def test_smollm2_with_pages_of_one_token(smollm2):
+  rows = [row for row in REFERENCE if len(row["prompt_ids"]) < 100]
+  engine = Engine(smollm2, num_slots=3, num_pages=460, page_size=1, max_seq_len=150, token_budget=33)
+  complete_reference(engine, rows, "host")
+
+
+@pytest.mark.slow
 def test_smollm2_on_the_device_with_odd_sizes_and_preemptions(smollm2):
   rows = [row for row in REFERENCE if len(row["prompt_ids"]) < 200]
   longest = max(len(row["prompt_ids"]) + len(row["output_ids"]) for row in rows)
