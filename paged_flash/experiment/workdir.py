@@ -163,13 +163,14 @@ def _cpus() -> set[int]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-  """This source tree's commit and whether tracked files differ from it; (None, None) outside git."""
+  """This source tree's commit and whether tracked files but results differ from it; (None, None) outside git."""
 
   def git(*args: str) -> str:
     root = pathlib.Path(__file__).resolve().parents[2]
     return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout
 
   try:
-    return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--untracked-files=no").strip())
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
+    return git("rev-parse", "HEAD").strip(), bool(changes.strip())
   except (OSError, subprocess.SubprocessError):
     return None, None
