@@ -161,8 +161,7 @@ def test_a_common_prefix_is_shared(engine, alone):
     computed.append(events.num_scheduled)
 
   results = engine.complete(requests, on_events=watch)
-  for (prompt, params), result in zip(requests, results, strict=True):
-    assert list(result.output_ids) == alone.generate(prompt, params)[0]
+  check_against([(prompt, params, *alone.generate(prompt, params)) for prompt, params in requests], results)
   assert max(shared) >= 3 and sum(computed) == 13 + 5 * (4 + 5)
   without = engine.complete(requests, share_prefix=False)
   assert [r.output_ids for r in without] == [r.output_ids for r in results]
