@@ -101,7 +101,7 @@ class Engine:
     for name, size in (sizes | dict(num_prefixes=num_prefixes, steps_per_dispatch=steps_per_dispatch)).items():
       if size is not None and size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
-    page_bytes = 2 * c.num_layers * page_size * c.num_kv_heads * c.head_dim * dtype.itemsize
+    page_bytes = page_size * c.kv_values_per_token * dtype.itemsize
     if (num_pages is None) == (memory_bytes is None):
       raise ValueError(f"give either num_pages or memory_bytes, got {num_pages=} and {memory_bytes=}")
     if num_pages is None:
