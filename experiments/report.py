@@ -9,8 +9,9 @@ A document asks for a table or a figure with a pair of comments; what stands bet
     <!-- /report -->
 
 The first word is the result's path below experiments/results, without ".json". The other words pick columns of its
-"rows" (none: all), each with a format of Python's or "bytes" if wanted. `figure=occupancy` in their place draws a
-figure of that name (see `FIGURES`) into docs/figures/. Result files are those of `paged_flash.experiment.write_result`.
+"rows" (none: all), each with a format of Python's or "bytes" if wanted; `key==value` instead keeps only the rows where
+it holds. `figure=occupancy` in their place draws a figure of that name (see `FIGURES`) into docs/figures/. Result files
+are those of `paged_flash.experiment.write_result`.
 """
 
 import hashlib
@@ -24,7 +25,13 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
-from paged_flash.analysis import human_bytes, show_occupancy
+from paged_flash.analysis import (
+  human_bytes,
+  show_attention_bars,
+  show_attention_memory,
+  show_attention_sweep,
+  show_occupancy,
+)
 from paged_flash.analysis.pictures import Picture
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -33,6 +40,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "occupancy": lambda result: show_occupancy(
     result["steps"], num_pages=result["num_pages"], page_bytes=result.get("page_bytes")
   ),
+  # The results of experiments.attention and experiments.attention_memory.
+  "attention_bars": lambda result: show_attention_bars(result["timings"], matmul_flops=result["matmul_flops"]),
+  "attention_sweep": lambda result: show_attention_sweep(result["timings"], matmul_flops=result["matmul_flops"]),
+  "attention_memory": lambda result: show_attention_memory(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 
@@ -86,11 +97,15 @@ def table(result: dict[str, Any], columns: list[str]) -> str:
 
   Args:
     result: a result file's content.
-    columns: "key" or "key=format"; none means all keys of the first row.
+    columns: "key" or "key=format"; none means all keys of the first row. "key==value" keeps only the rows where
+      it holds.
   """
+  kept = [column.split("==") for column in columns if "==" in column]
+  rows = [row for row in result["rows"] if all(str(row[key]) == value for key, value in kept)]
+  columns = [column for column in columns if "==" not in column]
   picked = [column.partition("=")[::2] for column in columns or result["rows"][0]]
   lines = [[key.replace("_", " ") for key, _ in picked], ["---"] * len(picked)]
-  lines += [[_cell(row[key], form) for key, form in picked] for row in result["rows"]]
+  lines += [[_cell(row[key], form) for key, form in picked] for row in rows]
   return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{source(result)}\n"
 
 
@@ -126,6 +141,8 @@ def _render(
 
 
 def _cell(value: Any, form: str) -> str:
+  if value is None:
+    return "\u2013"
   if form == "bytes":
     return human_bytes(value)
   if form:

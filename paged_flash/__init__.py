@@ -1,6 +1,7 @@
 """paged_flash: flash attention, paged KV caches and immutable page tables for LLM inference in JAX."""
 
 from paged_flash import models
+from paged_flash.adapters import nnx_attention
 from paged_flash.analysis.pictures import show
 from paged_flash.attention import explain, flash_attention, paged_attention
 from paged_flash.cache import kv_pages, page_table
@@ -20,6 +21,7 @@ __all__ = [
   "flash_attention",
   "kv_pages",
   "models",
+  "nnx_attention",
   "page_table",
   "paged_attention",
   "show",

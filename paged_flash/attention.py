@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from paged_flash import tuning
-from paged_flash.kernels import reference, xla
+from paged_flash.kernels import flash_sm90, reference, xla
 from paged_flash.kernels.arguments import flash_problem, paged_problem
 from paged_flash.kernels.problem import FlashOperands, FlashProblem, PagedOperands, PagedProblem, Problem
 
 __all__ = ["choose", "explain", "flash_attention", "paged_attention"]
 
 # In the order of preference.
-KERNELS = {"xla": xla, "reference": reference}
+KERNELS = {"sm90": flash_sm90, "xla": xla, "reference": reference}
 
 
 def flash_attention(
@@ -53,7 +53,7 @@ def flash_attention(
   Args:
     query: [B, T, H, D] or [T, H, D]; float32, bfloat16 or float16.
     key: [B, S, K, D] or [S, K, D], same dtype. H is a multiple of K; query head h reads KV head h // (H // K).
-    value: Like `key`.
+    value: [B, S, K, Dv] or [S, K, Dv], same dtype; Dv is D in most models.
     bias: Added to the scaled and capped scores; broadcasts to [B, H, T, S]. Differentiable.
     mask: bool, broadcasts to [B, H, T, S]; True takes part.
     is_causal: Query i sees key j only if j <= p.
@@ -65,10 +65,10 @@ def flash_attention(
     logits_soft_cap: Scores become cap * tanh(score / cap), before the bias.
     sinks: [H], one more score per head without a value: exp(sink) is added to the denominator. Differentiable.
     return_residual: Also return the LSE. Unlike jax.nn's it is float32 and can be differentiated.
-    implementation: "xla" or "reference"; None takes the first that supports the call (see `explain`).
+    implementation: "sm90" (Hopper GPUs), "xla" or "reference"; None: the first that supports the call (see `explain`).
 
   Returns:
-    out, like `query`; with `return_residual`, (out, lse f32[B, T, H], natural log).
+    out [B, T, H, Dv] or [T, H, Dv] in the query's dtype; with `return_residual`, (out, lse f32[B, T, H], natural log).
 
   Raises:
     ValueError: An argument has the wrong shape, dtype or value, or the named implementation does not support the call.
@@ -95,12 +95,13 @@ def flash_attention(
     sinks=sinks,
   )
   name, _ = choose(problem, implementation)
-  shape = jnp.shape(query)
   if 0 in operands.query.shape or problem.kv_len == 0:
     out, lse = _nothing_to_attend(problem, operands)
   else:
-    out, lse = _flash(problem, name, operands)
-  return (out.reshape(shape), lse.reshape(shape[:-1])) if return_residual else out.reshape(shape)
+    out, lse = _flash(problem, name, implementation, _vary_as(operands, operands))
+  rows = jnp.shape(query)[:-1]
+  out = out.reshape(*rows, problem.value_dim)
+  return (out, lse.swapaxes(1, 2).reshape(rows)) if return_residual else out
 
 
 def paged_attention(
@@ -183,16 +184,17 @@ def paged_attention(
     out = jnp.zeros_like(operands.query)
     lse = jnp.full(operands.query.shape[:-1], -jnp.inf, jnp.float32)
   else:
-    out, lse = _paged(problem, name, operands)
+    out, lse = _paged(problem, name, _vary_as(operands, operands))
   return (out, lse) if return_residual else out
 
 
-def choose(problem: Problem, implementation: str | None) -> tuple[str, dict[str, str]]:
+def choose(problem: Problem, implementation: str | None, stage: str = "forward") -> tuple[str, dict[str, str]]:
   """Picks the kernel for a problem.
 
   Args:
     problem: The static side of a call.
     implementation: A kernel's name, or None for the first that supports the problem.
+    stage: "forward" or "backward"; a kernel may serve the one and not the other.
 
   Returns:
     (name, reasons): the kernel, and for each one passed over why it was.
@@ -201,17 +203,17 @@ def choose(problem: Problem, implementation: str | None) -> tuple[str, dict[str,
     ValueError: No such kernel, or it does not support the problem; the text says why.
 
   Example:
-    `choose(problem, None)` -> `("xla", {})`.
+    `choose(problem, None)` -> `("xla", {"sm90": "it takes bfloat16 and float16, not float32"})`.
   """
   if implementation is not None:
     if implementation not in KERNELS:
       raise ValueError(f"implementation must be one of {', '.join(KERNELS)} or None, {_got_name(implementation)}")
-    if reason := KERNELS[implementation].supports(problem):
+    if reason := KERNELS[implementation].supports(problem, stage):
       raise ValueError(f"implementation {implementation!r} does not support this call: {reason}")
     return implementation, {}
   reasons = {}
   for name, kernel in KERNELS.items():
-    reason = kernel.supports(problem)
+    reason = kernel.supports(problem, stage)
     if not reason:
       return name, reasons
     reasons[name] = reason
@@ -235,9 +237,10 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> str:
   Example:
     >>> import jax.numpy as jnp
     >>> x = jnp.ones((1, 4, 2, 8))
-    >>> print(explain(flash_attention, x, x, x, is_causal=True))
+    >>> print(explain(flash_attention, x, x, x, is_causal=True))  # doctest: +ELLIPSIS
     flash_attention: batch=1 query_len=4 kv_len=4 num_heads=2 num_kv_heads=2 head_dim=8 dtype=float32 is_causal
       runs xla, block_q=128 block_kv=128
+      sm90: it ...
       reference: not needed, xla comes first
   """
   calls = {flash_attention: flash_problem, paged_attention: paged_problem}
@@ -250,6 +253,9 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> str:
   why = f"{name} was named" if implementation else f"not needed, {name} comes first"
   tiles = " ".join(f"{k}={v}" for k, v in tuning.tiles(problem, name).items()) or "no tiles"
   lines = [f"{op.__name__}: {_describe(problem)}", f"  runs {name}, {tiles}"]
+  if isinstance(problem, FlashProblem) and (reason := KERNELS[name].supports(problem, "backward")):
+    instead = "no gradient" if implementation else f"backward runs {choose(problem, None, 'backward')[0]}"
+    lines.append(f"  {instead}: {reason}")
   return "\n".join(lines + [f"  {other}: {reasons.get(other, why)}" for other in KERNELS if other != name])
 
 
@@ -263,36 +269,55 @@ def _describe(problem: Problem) -> str:
     name = name.removeprefix("has_") if value is True else name
     return name if value is True else f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
-  default = problem.head_dim**-0.5
-  fields = {k: v for k, v in vars(problem).items() if v is not None and v is not False}
-  return " ".join(word(k, v).replace(" ", "") for k, v in fields.items() if not (k == "scale" and v == default))
+  usual = {"device": problem.device, "value_dim": problem.head_dim, "scale": problem.head_dim**-0.5}
+  fields = {k: v for k, v in vars(problem).items() if v is not None and v is not False and v != usual.get(k)}
+  return " ".join(word(k, v).replace(" ", "") for k, v in fields.items())
 
 
 # --- the ops over checked operands, none of them empty ---------------------------------------------------------------
 
 
-def _flash_forward(problem: FlashProblem, name: str, operands: FlashOperands) -> tuple[jax.Array, jax.Array]:
-  return KERNELS[name].forward(problem, operands, **tuning.tiles(problem, name))
+def _vary_as(like: Any, arrays: Any) -> Any:
+  """Inside `jax.shard_map`: lets all arrays vary over every mesh axis that one in `like` varies over.
+
+  Kernels then see operands of one kind, what they return is of that kind even where a Pallas call forgot it, and the
+  gradient of an operand that was the same everywhere is summed.
+  """
+
+  def axes(x):
+    return jax.typeof(x).manual_axis_type.varying
+
+  union = frozenset().union(*map(axes, jax.tree.leaves(like)))
+  return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(sorted(union - axes(x))), to="varying"), arrays)
 
 
-def _flash_fwd(problem, name, operands):
-  out, lse = _flash_forward(problem, name, operands)
+def _flash_forward(
+  problem: FlashProblem, name: str, implementation: str | None, operands: FlashOperands
+) -> tuple[jax.Array, jax.Array]:
+  del implementation
+  return _vary_as(operands, KERNELS[name].forward(problem, operands, **tuning.tiles(problem, name, "forward")))
+
+
+def _flash_fwd(problem, name, implementation, operands):
+  out, lse = _flash_forward(problem, name, implementation, operands)
   return (out, lse), (operands, out, lse)
 
 
-def _flash_bwd(problem, name, residuals, cotangents):
+def _flash_bwd(problem, _, implementation, residuals, cotangents):
   operands, out, lse = residuals
-  gradients = KERNELS[name].backward(problem, operands, out, lse, *cotangents, **tuning.tiles(problem, name))
-  return (FlashOperands(*gradients),)
+  name, _ = choose(problem, implementation, "backward")
+  tiles = tuning.tiles(problem, name, "backward")
+  gradients = KERNELS[name].backward(problem, operands, out, lse, *cotangents, **tiles)
+  return (FlashOperands(*_vary_as(operands, gradients)),)
 
 
-_flash_vjp = jax.custom_vjp(_flash_forward, nondiff_argnums=(0, 1))
+_flash_vjp = jax.custom_vjp(_flash_forward, nondiff_argnums=(0, 1, 2))
 _flash_vjp.defvjp(_flash_fwd, _flash_bwd)
-_flash = jax.jit(_flash_vjp, static_argnums=(0, 1))  # traced and lowered once, however many layers call it
+_flash = jax.jit(_flash_vjp, static_argnums=(0, 1, 2))  # traced and lowered once, however many layers call it
 
 
 def _paged_forward(problem: PagedProblem, name: str, operands: PagedOperands) -> tuple[jax.Array, jax.Array]:
-  return KERNELS[name].paged_forward(problem, operands, **tuning.tiles(problem, name))
+  return _vary_as(operands, KERNELS[name].paged_forward(problem, operands, **tuning.tiles(problem, name)))
 
 
 def _paged_fwd(problem, name, operands):
@@ -306,9 +331,9 @@ _paged = jax.jit(_paged_vjp, static_argnums=(0, 1))
 
 def _nothing_to_attend(problem: FlashProblem, operands: FlashOperands) -> tuple[jax.Array, jax.Array]:
   """What a call with an empty axis gives; kernels never see one."""
-  shape = operands.query.shape[:3]
-  lse = jnp.full(shape, -jnp.inf) if operands.sinks is None else jnp.broadcast_to(operands.sinks, shape)
+  sinks = jnp.full(problem.num_heads, -jnp.inf) if operands.sinks is None else operands.sinks.astype(jnp.float32)
+  lse = jnp.broadcast_to(sinks[:, None], (problem.batch, problem.num_heads, problem.query_len))
   if operands.query_lens is not None:
     alive = jnp.arange(problem.query_len) < operands.query_lens[:, None]
-    lse = jnp.where(alive[..., None], lse, -jnp.inf)
-  return jnp.zeros_like(operands.query), lse.astype(jnp.float32)
+    lse = jnp.where(alive[:, None], lse, -jnp.inf)
+  return jnp.zeros((*operands.query.shape[:3], problem.value_dim), operands.query.dtype), lse

@@ -16,6 +16,7 @@ MAY_IMPORT = {
   "kernels": set(),
   "tuning": {"kernels"},  # a problem is the key of a tile table
   "attention": {"kernels", "tuning"},
+  "adapters": {"attention"},
   "cache": {"kernels"},
   "models": set(),
   "sampling": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
   "experiment": set(),
 }
 MAY_INSTALL = {  # packages that the rooms which must stay light may import, beside the standard library
-  "kernels": {"jax"},
+  "kernels": {"jax", "jaxlib", "numpy"},
   "experiment": {"jax", "numpy", "ml_collections", "absl"},
 }
 MAX_LINES = 400  # of a module outside kernels/

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from typing import Any
 
 import jax
@@ -11,6 +12,21 @@ from jax.core import Tracer
 from paged_flash.kernels.problem import FlashOperands, FlashProblem, PagedOperands, PagedProblem
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def target() -> str:
+  """Returns what a call made here and now runs on: the device's kind in lower case, as a name of a file could be.
+
+  That is the device of the mesh in use, where one says so (ahead-of-time lowering, `jax.set_mesh`), else JAX's default.
+
+  Example:
+    "cpu", "nvidia_h200", "nvidia_h100_80gb_hbm3".
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+  if device is None or isinstance(device, str):  # a string names a platform
+    device = jax.devices(device)[0]
+  kind = "cpu" if device.platform == "cpu" else device.device_kind
+  return re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
 
 
 def flash_problem(
@@ -48,10 +64,12 @@ def flash_problem(
   batch, query_len, num_heads, head_dim = q.shape
   _, kv_len, num_kv_heads, _ = k.shape
   _check_shape("key", k, (batch, kv_len, num_kv_heads, head_dim))
-  _check_shape("value", v, k.shape)
+  value_dim = v.shape[-1]
+  _check_shape("value", v, (batch, kv_len, num_kv_heads, value_dim))
   _check_heads(num_heads, num_kv_heads)
-  if head_dim == 0:
-    raise ValueError("query must have a head_dim of at least 1, got 0")
+  for name, size in (("query", head_dim), ("value", value_dim)):
+    if size == 0:
+      raise ValueError(f"{name} must have a last dimension of at least 1, got 0")
 
   full = (batch, num_heads, query_len, kv_len)
   bias, mask = _broadcastable("bias", bias, full), _broadcastable("mask", mask, full)
@@ -76,12 +94,14 @@ def flash_problem(
     _check_shape("segment_ids of the keys", kv_segments, (batch, kv_len))
 
   problem = FlashProblem(
+    device=target(),
     batch=batch,
     query_len=query_len,
     kv_len=kv_len,
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
+    value_dim=value_dim,
     dtype=str(q.dtype),
     scale=_scale(scale, head_dim),
     is_causal=bool(is_causal),
@@ -170,6 +190,7 @@ def paged_problem(
   if window is None:  # pages before a window may be gone
     _check_pages(pages, kv_lens, num_pages, page_size)
   problem = PagedProblem(
+    device=target(),
     num_tokens=tokens,
     batch=batch,
     num_heads=num_heads,

@@ -1,5 +1,6 @@
 """What a kernel is asked to do: the static problem (hashable) and the arrays that come with it."""
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 class FlashProblem:
   """One `flash_attention` call without its arrays: dispatch key, tuning key and test id."""
 
+  device: str  # what it runs on: "cpu", "nvidia_h200", ...
   batch: int  # B
   query_len: int  # T
   kv_len: int  # S
   num_heads: int  # H
   num_kv_heads: int  # K
   head_dim: int  # D
+  value_dim: int  # Dv
   dtype: str
   scale: float
   is_causal: bool
@@ -34,6 +37,7 @@ class FlashProblem:
 class PagedProblem:
   """One `paged_attention` call without its arrays. Causal, each sequence's queries at the end of its keys."""
 
+  device: str  # as in FlashProblem
   num_tokens: int  # T
   batch: int  # B
   num_heads: int  # H
@@ -56,12 +60,22 @@ class PagedProblem:
 Problem = FlashProblem | PagedProblem
 
 
+def is_hopper(device: str) -> bool:
+  """Whether a problem's device is an NVIDIA GPU of compute capability 9.0.
+
+  Example:
+    >>> is_hopper("nvidia_h200"), is_hopper("nvidia_gh200_480gb"), is_hopper("nvidia_b200"), is_hopper("cpu")
+    (True, True, False, False)
+  """
+  return re.match(r"nvidia_(h|gh)(20|100|200|800)(_|$)", device) is not None
+
+
 class FlashOperands(NamedTuple):
   """The arrays of one `flash_attention` call; optional ones are None. No axis is empty."""
 
   query: jax.Array  # [B, T, H, D]
   key: jax.Array  # [B, S, K, D]
-  value: jax.Array  # [B, S, K, D]
+  value: jax.Array  # [B, S, K, Dv]
   bias: jax.Array | None = None  # [B | 1, H | 1, T | 1, S | 1], added to the scaled (and capped) scores
   sinks: jax.Array | None = None  # [H], a score with no value: adds exp(sink) to the denominator
   mask: jax.Array | None = None  # bool[B | 1, H | 1, T | 1, S | 1]

@@ -22,9 +22,9 @@ from paged_flash.kernels.problem import (
 )
 
 
-def supports(problem: Problem) -> str:
+def supports(problem: Problem, stage: str = "forward") -> str:
   """Returns "": the definition covers every problem."""
-  del problem
+  del problem, stage
   return ""
 
 
@@ -45,14 +45,14 @@ def visible(problem: FlashProblem, operands: FlashOperands) -> jax.Array:
 
 
 def forward(problem: FlashProblem, operands: FlashOperands) -> tuple[jax.Array, jax.Array]:
-  """Returns (out [B, T, H, D] in the query's dtype, lse f32[B, T, H])."""
+  """Returns (out [B, T, H, Dv] in the query's dtype, lse f32[B, H, T])."""
   groups = problem.num_heads // problem.num_kv_heads
   mask = visible(problem, operands)
-  alive = (jnp.arange(problem.query_len) < spans(problem, operands).query_lens[:, None])[..., None]  # bool[B, T, 1]
+  alive = jnp.arange(problem.query_len) < spans(problem, operands).query_lens[:, None]  # bool[B, T]
   seen = mask.any((1, 2))[:, :, None, None]  # bool[B, S, 1, 1]; keys nobody sees may hold NaN
-  query = jnp.where(alive[..., None], operands.query, 0).astype(jnp.float32)
+  query = jnp.where(alive[..., None, None], operands.query, 0).astype(jnp.float32)
   key, value = (
-    jnp.repeat(jnp.where(seen, x, 0).astype(jnp.float32), groups, axis=2)  # f32[B, S, H, D]
+    jnp.repeat(jnp.where(seen, x, 0).astype(jnp.float32), groups, axis=2)  # f32[B, S, H, D | Dv]
     for x in (operands.key, operands.value)
   )
   scores = problem.scale * jnp.einsum("bthd,bshd->bhts", query, key, precision=lax.Precision.HIGHEST)
@@ -69,8 +69,8 @@ def forward(problem: FlashProblem, operands: FlashOperands) -> tuple[jax.Array, 
   total = weight.sum(-1, keepdims=True) + jnp.exp(sinks - top)
   safe_total = jnp.where(total == 0, 1, total)
   out = jnp.einsum("bhts,bshd->bthd", weight / safe_total, value, precision=lax.Precision.HIGHEST)
-  lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(safe_total))[..., 0].swapaxes(1, 2)  # f32[B, T, H]
-  return out.astype(operands.query.dtype), jnp.where(alive, lse, -jnp.inf)
+  lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(safe_total))[..., 0]
+  return out.astype(operands.query.dtype), jnp.where(alive[:, None], lse, -jnp.inf)
 
 
 def backward(
@@ -81,7 +81,7 @@ def backward(
   d_out: jax.Array,
   d_lse: jax.Array,
 ) -> FlashGradients:
-  """The derivative of the definition."""
+  """The derivative of the definition. Shapes as in `forward`."""
   del out, lse
 
   def run(query, key, value, bias, sinks):
@@ -114,12 +114,14 @@ def paged_forward(problem: PagedProblem, operands: PagedOperands) -> tuple[jax.A
     kv_lens=operands.kv_lens,
   )
   definition = FlashProblem(
+    device=problem.device,
     batch=batch,
     query_len=problem.max_query_len,
     kv_len=kv_len,
     num_heads=problem.num_heads,
     num_kv_heads=problem.num_kv_heads,
     head_dim=problem.head_dim,
+    value_dim=problem.head_dim,
     dtype=problem.dtype,
     scale=problem.scale,
     is_causal=True,
@@ -134,4 +136,6 @@ def paged_forward(problem: PagedProblem, operands: PagedOperands) -> tuple[jax.A
   )
   out, lse = forward(definition, padded)
   no_lse = jnp.full((tokens, problem.num_heads), -jnp.inf, jnp.float32)
-  return jnp.zeros_like(operands.query).at[token].set(out, mode="drop"), no_lse.at[token].set(lse, mode="drop")
+  return jnp.zeros_like(operands.query).at[token].set(out, mode="drop"), no_lse.at[token].set(
+    lse.swapaxes(1, 2), mode="drop"
+  )

@@ -27,9 +27,9 @@ from paged_flash.kernels.problem import (
 NEVER = -jnp.inf
 
 
-def supports(problem: Problem) -> str:
+def supports(problem: Problem, stage: str = "forward") -> str:
   """Returns "": every problem that passes the checks of the public ops runs here."""
-  del problem
+  del problem, stage
   return ""
 
 
@@ -38,12 +38,17 @@ class Running(NamedTuple):
 
   top: jax.Array  # f32[...], largest score, -inf when no key was seen
   total: jax.Array  # f32[...], sum of exp(score - top)
-  acc: jax.Array  # f32[..., D]
+  acc: jax.Array  # f32[..., Dv]
 
 
-def _fresh(shape: tuple[int, ...], head_dim: int) -> Running:
-  zeros = jnp.zeros(shape, jnp.float32)
-  return Running(zeros + NEVER, zeros, jnp.zeros((*shape, head_dim), jnp.float32))
+def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+  """f32 zeros that a loop may carry: inside `jax.shard_map` they vary over the devices as `like` does."""
+  return jnp.zeros_like(like, jnp.float32, shape=shape)
+
+
+def _fresh(shape: tuple[int, ...], value_dim: int, like: jax.Array) -> Running:
+  zeros = _zeros(shape, like)
+  return Running(zeros + NEVER, zeros, _zeros((*shape, value_dim), like))
 
 
 def _finite(top: jax.Array) -> jax.Array:
@@ -52,7 +57,7 @@ def _finite(top: jax.Array) -> jax.Array:
 
 
 def _finish(run: Running, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-  """Normalises. `sinks` broadcasts against the rows. Returns (out f32[..., D], lse f32[...])."""
+  """Normalises. `sinks` broadcasts against the rows. Returns (out f32[..., Dv], lse f32[...])."""
   lse = run.top + jnp.log(run.total)
   out = run.acc / jnp.where(run.total == 0, 1.0, run.total)[..., None]
   if sinks is None:
@@ -99,7 +104,7 @@ class _Tile(NamedTuple):
   column: jax.Array  # i32[], first column
   query: jax.Array  # [B, K, G, block_q, D]
   key: jax.Array  # [B, K, block_kv, D]
-  value: jax.Array  # [B, K, block_kv, D]
+  value: jax.Array  # [B, K, block_kv, Dv]
   scores: jax.Array  # f32[B, K, G, block_q, block_kv], before the bias
   bias: jax.Array | float
   mask: jax.Array  # bool[B, K | 1, G | 1, block_q, block_kv]
@@ -113,16 +118,23 @@ class _Flash:
     self.block_q, self.block_kv = min(block_q, problem.query_len), min(block_kv, problem.kv_len)
     self.groups = problem.num_heads // problem.num_kv_heads
     self.query = self.split_heads(operands.query)  # [B, K, G, T, D]
-    self.key, self.value = operands.key.swapaxes(1, 2), operands.value.swapaxes(1, 2)  # [B, K, S, D]
+    self.key, self.value = operands.key.swapaxes(1, 2), operands.value.swapaxes(1, 2)  # [B, K, S, D | Dv]
 
   def split_heads(self, x: jax.Array) -> jax.Array:
-    """[B, T, H, ...] -> [B, K, G, T, ...]."""
-    x = jnp.moveaxis(x, 2, 1)
+    """[B, T, H, D] -> [B, K, G, T, D]."""
+    return self.split_rows(x.swapaxes(1, 2))
+
+  def split_rows(self, x: jax.Array) -> jax.Array:
+    """[B, H, T, ...] -> [B, K, G, T, ...]."""
     return x.reshape(x.shape[0], self.problem.num_kv_heads, self.groups, *x.shape[2:])
 
+  def join_rows(self, x: jax.Array) -> jax.Array:
+    """[B, K, G, T, ...] -> [B, H, T, ...]."""
+    return x.reshape(x.shape[0], self.problem.num_heads, *x.shape[3:])
+
   def join_heads(self, x: jax.Array) -> jax.Array:
-    """[B, K, G, T, ...] -> [B, T, H, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], self.problem.num_heads, *x.shape[3:]), 1, 2)
+    """[B, K, G, T, D] -> [B, T, H, D]."""
+    return self.join_rows(x).swapaxes(1, 2)
 
   def row(self, i: jax.Array) -> jax.Array:
     return jnp.minimum(i * self.block_q, self.problem.query_len - self.block_q)
@@ -207,7 +219,7 @@ class _Flash:
 def forward(
   problem: FlashProblem, operands: FlashOperands, *, block_q: int, block_kv: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Algorithm 1 with queries in the outer loop. Returns (out [B, T, H, D] in the query's dtype, lse f32[B, T, H])."""
+  """Algorithm 1 with queries in the outer loop. Returns (out [B, T, H, Dv] in the query's dtype, lse f32[B, H, T])."""
   flash = _Flash(problem, operands, block_q, block_kv)
   sinks = None if operands.sinks is None else operands.sinks.reshape(problem.num_kv_heads, flash.groups, 1)
 
@@ -217,7 +229,7 @@ def forward(
       scores = jnp.where(tile.mask, tile.scores + tile.bias, NEVER)
       return _absorb(run, scores, tile.value, "bkgqs,bksd->bkgqd")
 
-    run = _fresh((*flash.query.shape[:3], flash.block_q), problem.head_dim)
+    run = _fresh((*flash.query.shape[:3], flash.block_q), problem.value_dim, flash.query)
     run = lax.fori_loop(*flash.kv_blocks(i), kv_block, run)
     out_block, lse_block = _finish(run, sinks)
     alive = flash.row(i) + jnp.arange(flash.block_q) < flash.spans.query_lens[:, None, None, None]
@@ -226,10 +238,11 @@ def forward(
     out = lax.dynamic_update_slice_in_dim(out, out_block.astype(out.dtype), flash.row(i), axis=3)
     return out, lax.dynamic_update_slice_in_dim(lse, lse_block, flash.row(i), axis=3)
 
-  out = jnp.zeros_like(flash.query)
-  lse = jnp.full(flash.query.shape[:-1], NEVER, jnp.float32)
+  rows = flash.query.shape[:-1]
+  out = jnp.zeros_like(flash.query, shape=(*rows, problem.value_dim))
+  lse = _zeros(rows, flash.query) + NEVER
   out, lse = lax.fori_loop(0, _cdiv(flash.spans.query_lens.max(), flash.block_q), query_block, (out, lse))
-  return flash.join_heads(out), flash.join_heads(lse)
+  return flash.join_heads(out), flash.join_rows(lse)
 
 
 def backward(
@@ -249,14 +262,15 @@ def backward(
   is 0.
   """
   flash = _Flash(problem, operands, block_q, block_kv)
-  alive = (jnp.arange(problem.query_len) < flash.spans.query_lens[:, None])[:, :, None]  # bool[B, T, 1]
-  d_out = jnp.where(alive[..., None], d_out, 0)
-  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(alive, d_lse, 0)  # f32[B, T, H]
+  alive = jnp.arange(problem.query_len) < flash.spans.query_lens[:, None]  # bool[B, T]
+  d_out = jnp.where(alive[..., None, None], d_out, 0)
+  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # f32[B, H, T]
+  delta -= jnp.where(alive[:, None], d_lse, 0)
   d_sinks = None
   if operands.sinks is not None:
-    p_sink = jnp.where(lse == NEVER, 0, jnp.exp(operands.sinks.astype(jnp.float32) - _finite(lse)))
-    d_sinks = -(p_sink * delta).sum((0, 1)).astype(operands.sinks.dtype)
-  d_out, delta, lse = flash.split_heads(d_out), flash.split_heads(delta), flash.split_heads(lse)
+    p_sink = jnp.where(lse == NEVER, 0, jnp.exp(operands.sinks.astype(jnp.float32)[:, None] - _finite(lse)))
+    d_sinks = -(p_sink * delta).sum((0, 2)).astype(operands.sinks.dtype)
+  d_out, delta, lse = flash.split_heads(d_out), flash.split_rows(delta), flash.split_rows(lse)
 
   def rows_of(x, row):
     return lax.dynamic_slice_in_dim(x, row, flash.block_q, axis=3)
@@ -287,13 +301,13 @@ def backward(
       return dq, dk, dv, d_bias
 
     dq, dk, dv, d_bias = state
-    zeros = jnp.zeros((*flash.key.shape[:2], flash.block_kv, problem.head_dim), jnp.float32)
-    dq, dk_block, dv_block, d_bias = lax.fori_loop(*flash.query_blocks(j), query_block, (dq, zeros, zeros, d_bias))
+    blocks = (_zeros((*x.shape[:2], flash.block_kv, x.shape[3]), flash.query) for x in (dk, dv))
+    dq, dk_block, dv_block, d_bias = lax.fori_loop(*flash.query_blocks(j), query_block, (dq, *blocks, d_bias))
     dk, dv = (add_at(x, block, flash.column(j), axis=2) for x, block in ((dk, dk_block), (dv, dv_block)))
     return dq, dk, dv, d_bias
 
-  dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (flash.query, flash.key, flash.value))
-  d_bias = None if operands.bias is None else jnp.zeros(operands.bias.shape, jnp.float32)
+  dq, dk, dv = (_zeros(x.shape, x) for x in (flash.query, flash.key, flash.value))
+  d_bias = None if operands.bias is None else _zeros(operands.bias.shape, operands.bias)
   num_blocks = _cdiv(flash.spans.kv_lens.max(), flash.block_kv)
   dq, dk, dv, d_bias = lax.fori_loop(0, num_blocks, kv_block, (dq, dk, dv, d_bias))
   return FlashGradients(
@@ -324,7 +338,7 @@ def paged_forward(
   query = jnp.take(operands.query, starts[:-1], axis=0, mode="clip")
   out_one, lse_one = _decode(problem, operands, query, jnp.where(is_one, operands.kv_lens, 0), block_kv, lanes)
   if problem.max_query_len == 1:
-    out, lse = jnp.zeros_like(operands.query), jnp.full(operands.query.shape[:2], NEVER, jnp.float32)
+    out, lse = jnp.zeros_like(operands.query), _zeros(operands.query.shape[:2], operands.query) + NEVER
   else:
     out, lse = _prefill(problem, operands, jnp.where(query_lens > 1, query_lens, 0), block_q, block_kv)
   token = jnp.where(is_one, starts[:-1], problem.num_tokens)
@@ -391,7 +405,7 @@ def _decode(
     part = Running(top, p.sum(1), (p[..., None] * value).sum(1))
     return Running(*(x.at[sequence, index].set(y, mode="drop") for x, y in zip(parts, part, strict=True)))
 
-  parts = _fresh((problem.batch, table.shape[1], *heads), head_dim)
+  parts = _fresh((problem.batch, table.shape[1], *heads), head_dim, query)
   parts = lax.fori_loop(0, _cdiv(ends[-1], lanes), some_pairs, parts)
   top = parts.top.max(1)
   weight = jnp.exp(parts.top - _finite(top)[:, None])
@@ -437,7 +451,7 @@ def _prefill(
       scores = _cap(problem.scale * _einsum("qkgd,skd->kgqs", query, key), problem.soft_cap)
       return _absorb(run, jnp.where(mask, scores, NEVER), value, "kgqs,skd->kgqd")
 
-    run = lax.fori_loop(begin, _cdiv(end, block), kv_block, _fresh((*heads, block_q), problem.head_dim))
+    run = lax.fori_loop(begin, _cdiv(end, block), kv_block, _fresh((*heads, block_q), problem.head_dim, query))
     out, lse = _finish(run, None if sinks is None else sinks[..., None])
     # Rows past this sequence's end come out as 0 and -inf; the next sequence, whose tiles come later, overwrites them.
     results = out.astype(packed.dtype), jnp.where(alive, lse, NEVER)
@@ -446,7 +460,7 @@ def _prefill(
       for x, rows in zip(state, results, strict=True)
     )
 
-  state = (jnp.zeros_like(packed), jnp.full(packed.shape[:-1], NEVER, jnp.float32))
+  state = (jnp.zeros_like(packed), _zeros(packed.shape[:-1], packed) + NEVER)
   out, lse = lax.fori_loop(0, ends[-1], tile, state)
   tokens = problem.num_tokens
   return out[:tokens].reshape(operands.query.shape), lse[:tokens].reshape(tokens, problem.num_heads)

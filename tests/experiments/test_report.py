@@ -52,6 +52,29 @@ def test_table_is_written_then_up_to_date(root: pathlib.Path):
   assert report.update(root, check=True) == []
 
 
+def test_rows_are_picked_by_a_value_and_nothing_is_a_dash(root: pathlib.Path):
+  rows = [*RESULT["rows"], {"policy": "none", "tokens_per_second": None, "held_bytes": None}]
+  (root / "experiments/results/serve/cpu/result.json").write_text(json.dumps(RESULT | {"rows": rows}))
+  document = root / "README.md"
+  document.write_text("<!-- report:serve/cpu/result policy==none tokens_per_second=.1f policy -->\n<!-- /report -->\n")
+  report.update(root)
+  assert "| tokens per second | policy |\n| --- | --- |\n| \u2013 | none |\n\n*serve" in document.read_text()
+
+
+ATTENTION = dict(case="b1 s64 h2/2 d64 full", stage="forward", is_causal=False, head_dim=64, seq_len=64)
+ATTENTION |= dict(peer="ours", label="ours", us=10.0, tflops=5.0, error=0.1)
+MEMORY = dict(seq_len=64, stage="forward", input_bytes=64, ours_temporary_bytes=64, plain_temporary_bytes=4096)
+
+
+@pytest.mark.parametrize("kind", ["attention_bars", "attention_sweep", "attention_memory"])
+def test_figures_of_attention(root: pathlib.Path, kind: str):
+  result = RESULT | dict(timings=[ATTENTION], matmul_flops=1e9, rows=[MEMORY])
+  (root / "experiments/results/serve/cpu/result.json").write_text(json.dumps(result))
+  (root / "docs/page.md").write_text(f"<!-- report:serve/cpu/result figure={kind} -->\n<!-- /report -->\n")
+  report.update(root)
+  assert (root / f"docs/figures/serve_cpu_result_{kind}.png").exists()
+
+
 def test_figure_is_drawn_again_only_for_another_result(root: pathlib.Path):
   document, figure = root / "docs/page.md", root / "docs/figures/serve_cpu_result_occupancy.png"
   document.write_text("<!-- report:serve/cpu/result figure=occupancy -->\n<!-- /report -->\n")

@@ -10,7 +10,7 @@ from paged_flash.kernels import xla
 TILES = dict(block_q=16, block_kv=24)  # several blocks each way at test sizes
 QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is nearly all the time of these tests
 
-# name -> (B, T, S, H, K, D, arguments). A string argument names an array that `flash_call` draws.
+# name -> (B, T, S, H, K, D or (D, Dv), arguments). A string argument names an array that `flash_call` draws.
 FLASH = {
   "full": (2, 37, 37, 2, 2, 8, {}),
   "one": (1, 1, 1, 1, 1, 16, {}),
@@ -33,8 +33,10 @@ FLASH = {
   "bias_head": (2, 40, 55, 4, 2, 8, dict(bias=(1, 4, 40, 55))),
   "bias_row_cap": (2, 40, 55, 4, 2, 8, dict(bias=(2, 1, 1, 55), logits_soft_cap=1.0)),
   "bias_column_mask": (2, 40, 55, 4, 2, 8, dict(bias=(1, 1, 40, 1), mask=(2, 4, 40, 55))),
+  "small_values_gqa": (2, 37, 53, 6, 2, (16, 8), dict(is_causal=True)),
+  "large_values": (1, 40, 40, 4, 1, (8, 24), dict(key_value_seq_lengths="kv_lens", sinks="sinks")),
   "everything": (
-    *(3, 58, 90, 6, 2, 16),
+    *(3, 58, 90, 6, 2, (16, 24)),
     dict(
       is_causal=True,
       local_window_size=(40, 3),
@@ -62,7 +64,8 @@ def normal(rng, *shape):
 def flash_call(name: str) -> dict:
   """The arguments of `flash_attention` for one row of FLASH."""
   rng = np.random.default_rng(len(name))
-  batch, rows, columns, heads, kv_heads, head_dim, arguments = FLASH[name]
+  batch, rows, columns, heads, kv_heads, dims, arguments = FLASH[name]
+  head_dim, value_dim = dims if isinstance(dims, tuple) else (dims, dims)
   drawn = dict(
     query_lens=np.array([rows, 0, rows - 9, 3][:batch], np.int32),
     kv_lens=np.array([columns - 7, 20, 0, columns][:batch], np.int32),
@@ -70,10 +73,10 @@ def flash_call(name: str) -> dict:
     query_segments=np.sort(rng.integers(0, 5, (batch, rows)), 1).astype(np.int32),
     sinks=normal(rng, heads),
   )
-  call = dict(
+  call: dict = dict(
     query=normal(rng, batch, rows, heads, head_dim),
     key=normal(rng, batch, columns, kv_heads, head_dim),
-    value=normal(rng, batch, columns, kv_heads, head_dim),
+    value=normal(rng, batch, columns, kv_heads, value_dim),
   )
   for key, value in arguments.items():
     if key == "bias":
@@ -89,14 +92,16 @@ def flash_call(name: str) -> dict:
 
 
 def cotangents(call: dict) -> tuple[np.ndarray, np.ndarray]:
-  """Random cotangents of the output and of the LSE."""
+  """Random cotangents of the output [B, T, H, Dv] and of a kernel's LSE f32[B, H, T]."""
   rng = np.random.default_rng(1)
-  return normal(rng, *call["query"].shape).astype(call["query"].dtype), normal(rng, *call["query"].shape[:-1])
+  batch, rows, heads, _ = call["query"].shape
+  d_out = normal(rng, batch, rows, heads, call["value"].shape[-1])
+  return d_out.astype(call["query"].dtype), normal(rng, batch, heads, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def run(kernel, problem, operands, d_out, d_lse):
-  """Forward and backward of one kernel: (out, lse, gradients). The test modules share what it has compiled."""
+  """Forward and backward of one kernel: (out, lse f32[B, H, T], gradients), compiled once for all test modules."""
   tiles = TILES if kernel is xla else {}
   out, lse = kernel.forward(problem, operands, **tiles)
   return out, lse, kernel.backward(problem, operands, out, lse, d_out, d_lse, **tiles)

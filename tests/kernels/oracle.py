@@ -4,7 +4,7 @@ import numpy as np
 
 
 def _row(query, key, value, bias, sink, *, scale, soft_cap):
-  """One query against the keys it sees: (out [D], lse)."""
+  """One query against the keys it sees: (out [Dv], lse)."""
   if len(key) == 0:
     return np.zeros(value.shape[-1]), sink
   score = scale * (key @ query)
@@ -35,7 +35,7 @@ def flash(
   logits_soft_cap=None,
   sinks=None,
 ):
-  """`paged_flash.flash_attention` for [B, T, H, D] arrays. Returns (out f64[B, T, H, D], lse f64[B, T, H])."""
+  """`paged_flash.flash_attention` for batched arrays. Returns (out f64[B, T, H, Dv], lse f64[B, T, H])."""
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   (batch, rows, heads, head_dim), (_, columns, kv_heads, _) = query.shape, key.shape
   shape = (batch, heads, rows, columns)
@@ -46,7 +46,7 @@ def flash(
   if segment_ids is None:
     segment_ids = np.zeros((batch, max(rows, columns)), np.int32)
   query_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-  out, lse = np.zeros(query.shape), np.full((batch, rows, heads), -np.inf)
+  out, lse = np.zeros((batch, rows, heads, value.shape[-1])), np.full((batch, rows, heads), -np.inf)
   j = np.arange(columns)
   for b in range(batch):
     query_len = rows if query_seq_lengths is None else query_seq_lengths[b]

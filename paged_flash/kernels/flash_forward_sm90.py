@@ -1,0 +1,491 @@
+"""The forward pass of flash attention for Hopper GPUs, one Pallas Mosaic GPU kernel.
+
+One block computes tiles of `num_wgs * 64` queries of one head, 64 rows for each compute warpgroup; one more warpgroup
+fetches K and V by TMA into two rings of `stages` tiles. Scores live in registers only.
+
+  compute warpgroup, KV tiles from the last to the first (the masked ones come first):
+    S = Q K^T of tile i+1     issued together with
+    O += P V of tile i        so the tensor cores have work while
+    P = softmax(S)            runs on the other units, and warpgroups take turns (`Turn`)
+
+This is the schedule of FlashAttention-3 (Shah et al. 2024, Algorithm 2 and section 3.1), the softmax that of Dao et al.
+2022, Algorithm 1, in the log2 domain: their m is `row_max`, the running maximum of the raw scores, and l `row_sum`.
+
+The pipeline does not stop where a tile of queries ends: the scores of the next one's first KV tile are issued together
+with the last O += P V of this one, so its output leaves while the tensor cores work. O is rescaled only when the
+maximum has grown by more than 2^8, which after the first tiles is rare.
+
+Each row sees one interval of keys: causality, windows and lengths give its ends by arithmetic; segments are compared
+inside it. Tiles that no row of a block sees are not visited. With static lengths a block stays on its multiprocessor
+and works through a list of query tiles made when tracing (`_schedule`), a few heads at a time so that K and V stay in
+the L2 cache; otherwise every query tile is a block and the hardware hands them out. Blocks in clusters of two take
+neighbouring queries, and each fetches half of every K and V tile for both.
+"""
+
+import functools
+import heapq
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paged_flash.kernels import mosaic
+from paged_flash.kernels.mosaic import COLUMN, LN_2, LOG2_E, ROW, across, cdiv, down
+from paged_flash.kernels.problem import FlashOperands, FlashProblem
+
+ITEM_COST = 1.5  # of a tile of queries besides its KV tiles, in KV tiles
+_L2_BYTES = 20 * 2**20  # of 50 on an H100 or H200, for K and V
+ROWS = 64  # query rows of one warpgroup
+
+
+class Positions:
+  """Which keys a row sees, by arithmetic: key j is visible to query i iff low(i) <= j < high(i).
+
+  All methods take scalars or arrays of query indices of sequence `batch`. Lengths are Python integers where the
+  arrays' sizes say them, so what is known when tracing costs nothing.
+  """
+
+  def __init__(self, problem: FlashProblem, query_lens: Any, kv_lens: Any, batch: Any):
+    is_self = problem.query_len == problem.kv_len and problem.has_query_lens != problem.has_kv_lens
+    self.query_len = query_lens[batch] if problem.has_query_lens else problem.query_len
+    self.kv_len = kv_lens[batch] if problem.has_kv_lens else problem.kv_len
+    self.offset = 0 if is_self else self.kv_len - self.query_len
+    left, right = problem.window or (None, None)
+    self.left = left
+    self.right = (0 if right is None else min(0, right)) if problem.is_causal else right
+
+  def high(self, i: Any) -> Any:
+    xp = np if isinstance(i, np.ndarray) else jnp
+    return self.kv_len if self.right is None else xp.minimum(self.kv_len, i + (self.offset + self.right + 1))
+
+  def low(self, i: Any) -> Any:
+    xp = np if isinstance(i, np.ndarray) else jnp
+    return 0 if self.left is None else xp.maximum(0, i + (self.offset - self.left))
+
+
+class _Item(NamedTuple):
+  """What a block computes at once: some queries of one head, and the KV tiles [low, high) they see, one at least."""
+
+  batch: Any
+  head: Any
+  first: Any
+  low: Any
+  high: Any
+  positions: Positions
+
+
+def forward(
+  problem: FlashProblem,
+  operands: FlashOperands,
+  *,
+  num_wgs: int,
+  block_kv: int,
+  stages: int,
+  query_stages: int = 1,
+  cluster: int = 1,
+  num_blocks: int = 132,
+  interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention and its LSE.
+
+  Args:
+    problem: What to compute; `flash_sm90.supports` must be "".
+    operands: The arrays.
+    num_wgs: Compute warpgroups of a block, 1 to 3, 64 queries each.
+    block_kv: Keys of a tile, a multiple of 64.
+    stages: K and V tiles in flight.
+    query_stages: Tiles of queries in shared memory.
+    cluster: Blocks that take neighbouring queries and share what they fetch, 1 or 2.
+    num_blocks: Blocks that run at once, the number of multiprocessors.
+    interpret: `plgpu.InterpretGPUParams` to run on a CPU.
+
+  Returns:
+    (out [B, T, H, Dv], lse f32[B, H, T], natural log).
+  """
+  p = problem
+  T, S, H, D, Dv, dtype = p.query_len, p.kv_len, p.num_heads, p.head_dim, p.value_dim, operands.query.dtype
+  block_q, group = ROWS * num_wgs, H // p.num_kv_heads
+  rows_together = block_q * cluster
+  query_tiles = cdiv(T, rows_together)
+  items = query_tiles * p.batch * H
+  group_heads = group * _heads_together(p)
+  group_items = query_tiles * group_heads
+  is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
+  schedule = None
+  if is_static and items <= 2**16:
+    schedule = _schedule(p, rows_together, block_kv, group_heads, min(num_blocks // cluster, items))
+  out_columns = Dv if Dv <= 128 else Dv // 2
+  right_masks = p.is_causal or p.window is not None or p.has_kv_lens or S % block_kv != 0
+  left_masks = p.window is not None and p.window[0] is not None
+  factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
+  first_masked = right_masks or left_masks or p.has_segments
+  query_in_registers = num_wgs < 3 and D <= 128 and interpret is None
+  is_interpreted = interpret is not None
+  pair = None if cluster == 1 else "pair"
+
+  def row_iota():
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+
+  def kernel(
+    table, q_gmem, k_gmem, v_gmem, query_lens, kv_lens, query_ids, kv_ids, bounds, sinks, out_gmem, lse_gmem, *scratch
+  ):  # fmt: skip
+    q_smem, k_smem, v_smem, o_smem, lse_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed = scratch
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
+    steps = 1 if table is None else table[block, 0]
+
+    def at(step):
+      """Index of the block's n-th item."""
+      return block if table is None else table[block, 1 + step]
+
+    def item(index):
+      group_index, rest = lax.div(index, jnp.int32(group_items)), lax.rem(index, jnp.int32(group_items))
+      if p.is_causal or not is_static:
+        tile, bh = query_tiles - 1 - lax.div(rest, jnp.int32(group_heads)), lax.rem(rest, jnp.int32(group_heads))
+      else:
+        tile, bh = lax.rem(rest, jnp.int32(query_tiles)), lax.div(rest, jnp.int32(query_tiles))
+      bh = bh + group_index * group_heads
+      batch, first = lax.div(bh, jnp.int32(H)), tile * rows_together
+      positions = Positions(p, query_lens, kv_lens, batch)
+      last = jnp.minimum(first + rows_together, positions.query_len) - 1
+      low = positions.low(first) // block_kv
+      high = cdiv(jnp.maximum(positions.high(last), 1), block_kv)
+      if p.has_segments:
+        low, high = jnp.maximum(low, bounds[batch, tile, 0]), jnp.minimum(high, bounds[batch, tile, 1])
+      high = jnp.clip(high, 1, cdiv(S, block_kv))
+      if cluster > 1:
+        first = first + lax.axis_index("pair") * block_q
+      return _Item(batch, lax.rem(bh, jnp.int32(H)), first, jnp.minimum(low, high - 1), high, positions)
+
+    @pl.when(warpgroup < num_wgs)
+    def compute():
+      plgpu.set_max_registers(160 if num_wgs == 3 else 240, action="increase")
+      turn = mosaic.Turn(warpgroup, num_wgs, interpret=is_interpreted)
+      turn.start()
+      mine = pl.ds(warpgroup * ROWS, ROWS)
+      o_tile, lse_tile = o_smem.at[warpgroup], lse_smem.at[warpgroup]
+
+      def ring(n):
+        return lax.rem(n, jnp.int32(stages))
+
+      def take_query(step):
+        """The step's queries: in registers where they fit, else where they lie."""
+        slot = lax.rem(step, jnp.int32(query_stages))
+        plgpu.barrier_wait(q_full.at[slot])
+        if not query_in_registers:
+          return None
+        query = plgpu.load(q_smem.at[slot, mine], layout=plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(q_empty.at[slot])
+        return query
+
+      def lhs(query, step):
+        return query if query_in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
+
+      def softmax(work, i, s, row_max, row_sum, masked):
+        """P of the work's tile i, not yet divided by row_sum; the new statistics; the factor of what came before."""
+        column = (work.high - 1 - i) * block_kv
+        if p.soft_cap is not None:
+          s = jnp.tanh(s * (p.scale / p.soft_cap))
+        if masked:
+          row = work.first + warpgroup * ROWS
+          rows = row + row_iota() if p.is_causal or p.window is not None else None
+          low = work.positions.low(rows) - column if left_masks else None
+          high = work.positions.high(rows) - column if right_masks else None
+          s = mosaic.keep(s, low, high, interpret=is_interpreted)
+          if p.has_segments:
+            row_ids = plgpu.load(query_ids.at[work.batch, pl.ds(row, ROWS)], layout=ROW, optimized=False)
+            ids = plgpu.load(kv_ids.at[work.batch, pl.ds(column, block_kv)], layout=COLUMN, optimized=False)
+            s = jnp.where(across(row_ids, s) == down(ids, s), s, -jnp.inf)
+        # The maximum follows only jumps of more than 2^8: most tiles then leave O as it is.
+        new_max = jnp.maximum(row_max, s.max(axis=1))
+        new_max = jnp.where((new_max - row_max) * factor > 8.0, new_max, row_max)
+        shift = new_max * factor
+        if masked:
+          shift = jnp.where(new_max == -jnp.inf, 0.0, shift)  # a row that has seen nothing yet
+        alpha = jnp.exp2(row_max * factor - shift)
+        prob, sums = mosaic.exponentials(s, factor, shift, interpret=is_interpreted)
+        return prob, new_max, row_sum * alpha + sums, alpha
+
+      def fresh():
+        return mosaic.full((ROWS,), -jnp.inf, ROW), mosaic.full((ROWS,), 0.0, ROW)
+
+      def scores(query, k):
+        plgpu.barrier_wait(k_full.at[k])
+        s = mosaic.matmul(query, k_smem.at[k].T)
+        plgpu.barrier_arrive(k_empty.at[k])
+        return s
+
+      def values(acc, prob, v):
+        plgpu.barrier_wait(v_full.at[v])
+        acc = mosaic.add_matmul(acc, prob, v_smem.at[v], interpret=is_interpreted)
+        plgpu.barrier_arrive(v_empty.at[v])
+        return acc
+
+      def overlapped(query, k, acc, prob, v, soften):
+        """O + P V of one tile, and `soften` of the scores of the next: (O, P, row_max, row_sum, alpha)."""
+        if is_interpreted:
+          s = scores(query, k)
+          return values(acc, prob, v), *soften(s)
+
+        def products(refs):
+          s_ref, acc_ref, *out_refs = refs
+          plgpu.barrier_wait(k_full.at[k])
+          turn.wait()
+          plgpu.wgmma(s_ref, query, k_smem.at[k].T)
+          plgpu.barrier_wait(v_full.at[v])
+          plgpu.wgmma(acc_ref, prob, v_smem.at[v])
+          turn.pass_on()
+          out = soften(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+          for ref, x in zip(out_refs, out, strict=True):
+            ref[...] = x
+          plgpu.barrier_arrive(k_empty.at[k + mosaic.after(out[2])])  # ptxas must not wait for O before the softmax
+
+        zeros, (row_max, row_sum) = mosaic.full((ROWS, block_kv), 0.0), fresh()
+        start = (mosaic.ACC.init(zeros), mosaic.ACC.init(acc), zeros, row_max, row_sum, row_sum)
+        _, acc, *out = pl.run_state(products)(start)
+        plgpu.barrier_arrive(v_empty.at[v])
+        return acc, *out
+
+      def one_item(step, carry):
+        """Everything of an item after the softmax of its first tile, and that of the next item's first tile."""
+        done, query, row_max, row_sum, prob = carry
+        work, upcoming = item(at(step)), at(jnp.minimum(step + 1, steps - 1))
+        row, n = work.first + warpgroup * ROWS, work.high - work.low
+
+        def advance(i, carry, *, masked):
+          acc, row_max, row_sum, prob = carry
+          soften = lambda s: softmax(work, i, s, row_max, row_sum, masked)  # noqa: E731
+          acc, prob, row_max, row_sum, alpha = overlapped(
+            lhs(query, step), ring(done + i), acc, prob, ring(done + i - 1), soften
+          )
+          return mosaic.rescale(acc, alpha, interpret=is_interpreted), row_max, row_sum, prob.astype(dtype)
+
+        # Tiles [1, begin) are cut on their right, [end, n) on their left; those between are seen whole.
+        begin, end = 1, n
+        if p.has_segments:
+          begin = n
+        elif right_masks:
+          begin = jnp.clip(work.high - lax.div(work.positions.high(row), jnp.int32(block_kv)), 1, n)
+        if left_masks:
+          end = jnp.clip(work.high - cdiv(work.positions.low(row + ROWS - 1), block_kv), begin, n)
+        carry = mosaic.full((ROWS, Dv), 0.0), row_max, row_sum, prob
+        for masked, start, stop in ((True, 1, begin), (False, begin, end), (True, end, n)):
+          if start is not stop:
+            carry = lax.fori_loop(start, stop, functools.partial(advance, masked=masked), carry)
+        acc, row_max, row_sum, prob = carry
+        if not query_in_registers:
+          plgpu.barrier_arrive(q_empty.at[lax.rem(step, jnp.int32(query_stages))])
+
+        def with_next():
+          query = take_query(step + 1)
+          soften = lambda s: softmax(item(upcoming), 0, s, *fresh(), first_masked)  # noqa: E731
+          acc_, prob_, row_max_, row_sum_, _ = overlapped(
+            lhs(query, step + 1), ring(done + n), acc, prob, ring(done + n - 1), soften
+          )
+          return acc_, query, row_max_, row_sum_, prob_.astype(dtype)
+
+        def without_next():
+          return values(acc, prob, ring(done + n - 1)), query, row_max, row_sum, prob
+
+        acc, query, *next_row_state = lax.cond(step + 1 < steps, with_next, without_next)
+        write(work, acc, row_max, row_sum)
+        return done + n, query, *next_row_state
+
+      def write(work, acc, row_max, row_sum):
+        """O / row_sum and the LSE leave by TMA, O in slices of columns."""
+        row = work.first + warpgroup * ROWS
+        top, row_sum = row_max * factor, mosaic.total(row_sum, interpret=is_interpreted)
+        if p.has_sinks:
+          sink = sinks[work.head].astype(jnp.float32) * LOG2_E
+          both = jnp.maximum(jnp.maximum(top, sink), -1e30)  # finite where a row sees nothing and has no sink
+          row_sum = row_sum * jnp.exp2(top - both) + jnp.exp2(sink - both)
+          acc, top = acc * across(jnp.exp2(top - both), acc), both
+        if p.has_query_lens:
+          row_sum = jnp.where(row_iota() < work.positions.query_len - row, row_sum, 0.0)
+        alive = row_sum > 0
+        out = acc * across(jnp.where(alive, 1 / row_sum, 0.0), acc)
+        if p.has_query_lens:
+          out = jnp.where(across(alive, out), out, 0.0)
+        rows = pl.ds(row, ROWS)
+        for i, start in enumerate(range(0, Dv, out_columns)):
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what lay here has left
+          o_tile[...] = out[:, start : start + out_columns].astype(dtype)
+          if i == 0:
+            lse_tile[...] = jnp.where(alive, (top + jnp.log2(row_sum)) * LN_2, -jnp.inf)
+          plgpu.commit_smem()
+          if i == 0:
+            plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
+          plgpu.copy_smem_to_gmem(o_tile, out_gmem.at[work.batch, rows, work.head, pl.ds(start, out_columns)])
+
+      query = take_query(0)
+      s = scores(lhs(query, 0), 0)
+      prob, row_max, row_sum, _ = softmax(item(at(0)), 0, s, *fresh(), first_masked)
+      lax.fori_loop(0, steps, one_item, (jnp.int32(0), query, row_max, row_sum, prob.astype(dtype)))
+      turn.finish()
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == num_wgs)
+    def fetch():
+      plgpu.set_max_registers(32 if num_wgs == 3 else 24, action="decrease")
+
+      def one_item(step, done):
+        work = item(at(step))
+        kv_head = lax.div(work.head, jnp.int32(group))
+
+        def fetch_tile(gmem, ring, full, empty, i):
+          slot = lax.rem(done + i, jnp.int32(stages))
+          pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+          keys = pl.ds((work.high - 1 - i) * block_kv, block_kv)
+          plgpu.copy_gmem_to_smem(
+            gmem.at[work.batch, keys, kv_head], ring.at[slot], full.at[slot], collective_axes=pair
+          )
+
+        @_one_warp
+        def first_tiles():
+          fetch_tile(k_gmem, k_smem, k_full, k_empty, 0)
+          slot = lax.rem(step, jnp.int32(query_stages))
+          pl.when(step >= query_stages)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
+          queries = pl.ds(work.first, block_q)
+          plgpu.copy_gmem_to_smem(q_gmem.at[work.batch, queries, work.head], q_smem.at[slot], q_full.at[slot])
+          fetch_tile(v_gmem, v_smem, v_landed if p.has_kv_lens else v_full, v_empty, 0)
+
+        if p.has_kv_lens:  # what lies past the end may be NaN, and 0 * NaN is NaN
+          slot = lax.rem(done, jnp.int32(stages))
+          plgpu.barrier_wait(v_landed.at[slot])
+          past_end = jnp.maximum(work.positions.kv_len - (work.high - 1) * block_kv, 0)
+          mosaic.zero_rows(v_smem.at[slot], past_end, interpret=is_interpreted)
+          plgpu.commit_smem()
+          plgpu.barrier_arrive(v_full.at[slot])
+
+        @_one_warp
+        def other_tiles():
+          @pl.loop(1, work.high - work.low)
+          def _(i):
+            fetch_tile(k_gmem, k_smem, k_full, k_empty, i)
+            fetch_tile(v_gmem, v_smem, v_full, v_empty, i)
+
+        return done + work.high - work.low
+
+      done = lax.fori_loop(0, steps, one_item, jnp.int32(0))
+
+      @_one_warp
+      def drain():  # the interpreter wants every completion of a barrier observed
+        @pl.loop(jnp.maximum(steps - query_stages, 0), steps)
+        def _(i):
+          plgpu.barrier_wait(q_empty.at[lax.rem(i, jnp.int32(query_stages))])
+
+        @pl.loop(jnp.maximum(done - stages, 0), done)
+        def _(i):
+          plgpu.barrier_wait(k_empty.at[lax.rem(i, jnp.int32(stages))])
+          plgpu.barrier_wait(v_empty.at[lax.rem(i, jnp.int32(stages))])
+
+  query, key, value = (mosaic.whole_groups(x) for x in operands[:3])
+  padded = query.shape[1]
+  ring = plgpu.Barrier(num_barriers=stages)
+  ring_empty = plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
+  if cluster > 1:
+    ring_empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=num_wgs, num_barriers=stages)
+  out, lse = plgpu.kernel(
+    kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((p.batch, padded, H, Dv), dtype),
+      jax.ShapeDtypeStruct((p.batch, H, padded), jnp.float32),
+    ),
+    grid=(items if schedule is None else len(schedule),),
+    grid_names=("block",),
+    cluster=() if cluster == 1 else (cluster,),
+    cluster_names=() if cluster == 1 else ("pair",),
+    num_threads=num_wgs + 1,
+    thread_name="wg",
+    scratch_types=(
+      mosaic.smem((query_stages, block_q, D), dtype),
+      mosaic.smem((stages, block_kv, D), dtype),
+      mosaic.smem((stages, block_kv, Dv), dtype),
+      mosaic.smem((num_wgs, ROWS, out_columns), dtype),
+      plgpu.SMEM((num_wgs, ROWS), jnp.float32),
+      plgpu.Barrier(num_barriers=query_stages),
+      plgpu.Barrier(num_arrivals=num_wgs, num_barriers=query_stages),
+      *(ring, ring_empty, ring, ring_empty, ring),
+    ),
+    compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    interpret=interpret,
+  )(
+    None if schedule is None else jnp.asarray(schedule),
+    query,
+    key,
+    value,
+    operands.query_lens,
+    operands.kv_lens,
+    *_segments(p, operands, rows_together, block_kv),
+    operands.sinks,
+  )
+  return out[:, :T], lse[..., :T]
+
+
+def _one_warp(body):
+  """Runs a body in the first warp of a warpgroup."""
+
+  @plgpu.warp_map
+  def per_warp(warp):
+    pl.when(warp == 0)(body)
+
+
+def _heads_together(problem: FlashProblem) -> int:
+  """How many KV heads blocks work on at a time, a divisor of all: what they read again should still be in the L2 cache.
+
+  16 heads leave eight or so of an H200's blocks to each, which share what one of them fetches; more heads only as far
+  as they fit the cache.
+  """
+  heads = problem.batch * problem.num_kv_heads
+  most = max(16, _L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.value_dim)))
+  return max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
+
+
+@functools.lru_cache(256)
+def _schedule(problem: FlashProblem, block_q: int, block_kv: int, group_heads: int, num_blocks: int) -> np.ndarray:
+  """i32[blocks, 1 + n]: how many items each block has, and which: the next item always to the block that is free first.
+
+  What the hardware would do with a block for each item; but blocks that stay can overlap the end of an item with the
+  beginning of the next. An item costs its KV tiles and what its own beginning and end take.
+  """
+  starts = np.arange(0, problem.query_len, block_q)
+  positions = Positions(problem, None, None, None)
+  high = np.asarray(positions.high(np.minimum(starts + block_q, problem.query_len) - 1))
+  low = np.asarray(positions.low(starts))
+  tiles = np.maximum(-(-np.maximum(high, 1) // block_kv) - low // block_kv, 1) + np.zeros_like(starts)
+  groups = problem.batch * problem.num_heads // group_heads
+  one_group = np.repeat(tiles[::-1], group_heads) if problem.is_causal else np.tile(tiles, group_heads)
+  free = [(0.0, block) for block in range(num_blocks)]
+  rows = [[] for _ in range(num_blocks)]
+  for index, cost in enumerate(np.tile(one_group, groups)):
+    when, block = heapq.heappop(free)
+    rows[block].append(index)
+    heapq.heappush(free, (when + cost + ITEM_COST, block))
+  table = np.zeros((num_blocks, 1 + max(len(row) for row in rows)), np.int32)
+  for block, row in enumerate(rows):
+    table[block, 0], table[block, 1 : 1 + len(row)] = len(row), row
+  return table
+
+
+def _segments(problem: FlashProblem, operands: FlashOperands, block_q: int, block_kv: int) -> tuple[Any, Any, Any]:
+  """Segment ids padded to whole tiles, and for each query tile the KV tiles [low, high) that may hold its ids."""
+  if not problem.has_segments:
+    return None, None, None
+  query_ids, kv_ids = operands.query_segments, operands.kv_segments
+  assert query_ids is not None and kv_ids is not None
+
+  def tiles(ids, block):
+    ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
+    grouped = ids.reshape(ids.shape[0], -1, block)
+    return ids, grouped.min(-1), grouped.max(-1)
+
+  query_ids, query_min, query_max = tiles(query_ids, block_q)
+  kv_ids, kv_min, kv_max = tiles(kv_ids, block_kv)
+  meet = (query_min[:, :, None] <= kv_max[:, None]) & (kv_min[:, None] <= query_max[:, :, None])
+  index = jnp.arange(kv_min.shape[1])
+  low = jnp.where(meet, index, kv_min.shape[1]).min(-1)
+  high = jnp.where(meet, index + 1, 0).max(-1)
+  return query_ids, kv_ids, jnp.stack([low, high], -1).astype(jnp.int32)

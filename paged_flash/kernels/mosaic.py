@@ -1,0 +1,342 @@
+"""What our Pallas Mosaic GPU kernels share: tiles in shared memory, matrix products, taking turns.
+
+Written for Hopper (sm_90a). Each helper has one meaning on the GPU and in the CPU interpreter; where the interpreter of
+JAX 0.11 lacks an instruction, `interpret` selects plain arithmetic with the same result.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import jaxpr_as_fun
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+ACC: Any = plgpu.WGMMAAccumulatorRef
+_inline: Any = plgpu.inline_mgpu  # its type says that what it decorates keeps its arguments, which it does not
+_tiling: Any = plgpu.TilingTransform  # abstract for a type checker, not when called
+_swizzle: Any = plgpu.SwizzleTransform
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+SMEM_BYTES = 232_448  # a block's shared memory on sm_90
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a wgmma tile
+COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for each column
+
+
+def untyped(f: Callable[..., Any], *trees: Any) -> Any:
+  """f(*trees), also where `jax.shard_map` types the arrays by the mesh axes they vary over.
+
+  `plgpu.kernel` of JAX 0.11 cannot be traced with such arrays; what it traces to can be run with them.
+  """
+  leaves, structure = jax.tree.flatten(trees)
+  if not any(jax.typeof(x).manual_axis_type.varying for x in leaves):
+    return f(*trees)
+  plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+  jaxpr, out = jax.make_jaxpr(lambda *x: f(*structure.unflatten(x)), return_shape=True)(*plain)
+  return jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(jaxpr)(*leaves))
+
+
+def _transforms(shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any]:
+  bits = jnp.finfo(dtype).bits
+  swizzle = plgpu.find_swizzle(shape[-1] * bits)
+  return _tiling((8, 8 * swizzle // bits)), _swizzle(swizzle)
+
+
+def smem(shape: tuple[int, ...], dtype: Any) -> Any:
+  """A tile in shared memory, tiled and swizzled as TMA and wgmma want it."""
+  return plgpu.SMEM(shape, dtype, transforms=_transforms(shape, dtype))
+
+
+def whole_groups(x: jax.Array) -> jax.Array:
+  """x [B, T, ...] with T padded to a multiple of 8: a TMA copy into tiles of 8 rows takes whole groups only."""
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)) + ((0, 0),) * (x.ndim - 2))
+
+
+def zero_rows(ref: Any, first: jax.Array, *, interpret: bool) -> None:
+  """Clears rows [first, end) of a tile [rows, columns] in shared memory; a whole warpgroup calls it."""
+  if interpret:
+    ref[...] = jnp.where(jnp.arange(ref.shape[0])[:, None] < first, ref[...], 0)
+    return
+  swizzle = plgpu.find_swizzle(ref.shape[1] * 16)
+
+  @_inline(arg_types=(plgpu.RefType(_transforms(ref.shape, ref.dtype)), plgpu.Layout.WG_SPLAT))
+  def clear(_, ref, first):
+    # Tiles of 8 rows lie one after the other, row by row; swizzling moves 16-byte pieces within a row only.
+    i32, pieces = ir.IntegerType.get_signless(32), swizzle // 16
+    constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
+    row_tiles, column_tiles = ir.MemRefType(ref.type).shape[:2]
+    base = mgpu.utils.memref_ptr(ref)
+    zero = mgpu.utils.c(0, i32)
+    quad = vector.from_elements(ir.VectorType.get((4,), i32), [zero] * 4)
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+    for index in range(row_tiles * column_tiles * 8 * pieces // 128):
+      piece = arith.addi(thread, constant(128 * index))
+      line = arith.divui(piece, constant(pieces))
+      tile, row = arith.divui(line, constant(8)), arith.remui(line, constant(8))
+      row = arith.addi(row, arith.muli(arith.divui(tile, constant(column_tiles)), constant(8)))
+      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sge, row, first.registers.item())):
+        offset = arith.muli(piece, constant(16))
+        llvm.store(quad, mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8)))
+
+  clear(ref, first)
+
+
+def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+  """A constant float32 array in registers."""
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def iota(shape: tuple[int, ...], dim: int) -> jax.Array:
+  """i32 indices along `dim` of a wgmma tile."""
+  return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
+
+
+def across(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Broadcasts one value per row along the rows of `like`."""
+  return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def down(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Broadcasts one value per column down the columns of `like`."""
+  return lax.broadcast_in_dim(x, like.shape, [1])
+
+
+def cdiv(a: Any, b: int) -> Any:
+  """a / b rounded up, for a >= 0."""
+  return -(-a // b) if isinstance(a, int) else lax.div(a + jnp.int32(b - 1), jnp.int32(b))
+
+
+def keep(s: jax.Array, low: jax.Array | None, high: jax.Array | None, *, interpret: bool) -> jax.Array:
+  """Scores s [64, N] where low <= column < high, -inf elsewhere; low and high are i32[64], one per row, or scalars.
+
+  The comparison is with constants: a thread's columns of a wgmma tile are 8c and 8c + 1 plus 2 (lane % 4), so that part
+  is subtracted from the ends once. Comparing with an index array would keep N / 4 of its values in registers.
+  """
+  low, high = (x if x is None else jnp.broadcast_to(x, s.shape[:1]) for x in (low, high))
+  if interpret:
+    j = iota(s.shape, 1)
+    seen = True if low is None else across(low, s) <= j
+    return jnp.where(seen if high is None else seen & (j < across(high, s)), s, -jnp.inf)
+  ends = [(low, arith.CmpIPredicate.sge), (high, arith.CmpIPredicate.slt)]
+  ends = [(plgpu.layout_cast(x, ROW), predicate) for x, predicate in ends if x is not None]
+  layout = plgpu.Layout.WGMMA
+
+  @_inline(
+    arg_types=(layout, *[ROW for _ in ends]), return_type=plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=layout)
+  )
+  def cut(_, s, *limits):
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    constant = mgpu.utils.c
+    lane = arith.remui(mgpu.utils.thread_idx(), constant(4, i32))
+    base = arith.muli(lane, constant(2, i32))
+    hidden = constant(float("-inf"), f32)
+    limits = [[arith.subi(_scalar(x), base) for x in limit.registers.flat] for limit in limits]
+    registers = s.registers.copy()
+    for index, register in enumerate(s.registers.flat):
+      group, half = divmod(index, 2)  # 8 columns; rows r and r + 8
+      values = []
+      for element in range(2):
+        value = vector.extract(register, dynamic_position=[], static_position=[element])
+        for limit, (_, predicate) in zip(limits, ends, strict=True):
+          inside = arith.cmpi(predicate, constant(8 * group + element, i32), limit[half])
+          value = arith.select(inside, value, hidden)
+        values.append(value)
+      registers.flat[index] = vector.from_elements(register.type, values)
+    return mgpu.FragmentedArray(_registers=registers, _layout=s.layout, _is_signed=None)
+
+  return cut(s, *[x for x, _ in ends])
+
+
+def after(x: jax.Array) -> jax.Array:
+  """0, but known only once x [rows] >= 0 is: whoever uses it cannot be moved before x.
+
+  ptxas hoists the wait for a wgmma over arithmetic that should hide it. A barrier arrival that needs the result of that
+  arithmetic holds the wait back, for it may not pass memory operations.
+  """
+
+  @_inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+  def zero(_, x):
+    i32, bound = ir.IntegerType.get_signless(32), mgpu.utils.c(-1.0, ir.F32Type.get())
+    below = [arith.cmpf(arith.CmpFPredicate.OLT, _scalar(r), bound) for r in x.registers.flat]
+    return mgpu.FragmentedArray.splat(arith.extui(i32, functools.reduce(arith.ori, below)), (), is_signed=True)
+
+  return zero(x)
+
+
+def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+  """2 ** (factor s - shift), shift one per row, and its row sums, a lane's columns only: `total` finishes them."""
+  if interpret:
+    out = jnp.exp2(s * factor - across(shift, s))
+    return out, out.sum(axis=1)
+  layout = plgpu.Layout.WGMMA
+
+  @_inline(
+    arg_types=(layout, ROW),
+    return_type=(
+      plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=layout),
+      plgpu.ShapeDtypeStruct(shift.shape, s.dtype, layout=ROW),
+    ),
+  )
+  def compute(_, s, shift):
+    f32 = ir.F32Type.get()
+    scale = mgpu.utils.c(factor, f32)
+    shifts = [arith.negf(_scalar(x)) for x in shift.registers.flat]
+    registers, parts = s.registers.copy(), [[None] * 4, [None] * 4]  # four chains of additions for each row
+    for index, register in enumerate(s.registers.flat):
+      half = index % 2  # rows r and r + 8
+      values = []
+      for element in range(2):
+        x = vector.extract(register, dynamic_position=[], static_position=[element])
+        x = llvm.intr_fma(x, scale, shifts[half])
+        values.append(mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=f32))
+        chain = (index // 2 % 2) * 2 + element
+        part = parts[half][chain]
+        parts[half][chain] = values[-1] if part is None else arith.addf(part, values[-1])
+      registers.flat[index] = vector.from_elements(register.type, values)
+    sums = shift.registers.copy()
+    for half, register in enumerate(shift.registers.flat):
+      sums.flat[half] = vector.from_elements(register.type, [functools.reduce(arith.addf, parts[half])])
+    return tuple(
+      mgpu.FragmentedArray(_registers=x, _layout=like.layout, _is_signed=None)
+      for x, like in ((registers, s), (sums, shift))
+    )
+
+  return compute(s, shift)
+
+
+def total(sums: jax.Array, *, interpret: bool) -> jax.Array:
+  """Finishes the row sums of `exponentials` over the four lanes that share a row."""
+  if interpret:
+    return sums
+
+  @_inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=ROW))
+  def add_lanes(_, sums):
+    out = sums.registers.copy()
+    for i, register in enumerate(sums.registers.flat):
+      x = _scalar(register)
+      for lanes in (1, 2):
+        x = arith.addf(x, mgpu.utils.shfl_bfly(x, lanes))
+      out.flat[i] = vector.from_elements(register.type, [x])
+    return mgpu.FragmentedArray(_registers=out, _layout=sums.layout, _is_signed=None)
+
+  return add_lanes(sums)
+
+
+def rescale(acc: jax.Array, alpha: jax.Array, *, interpret: bool) -> jax.Array:
+  """acc times alpha [rows], which never exceeds 1; each warp skips it where its alphas are all 1."""
+  if interpret:
+    return acc * across(alpha, acc)
+
+  @_inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+  def any_below_one(_, alpha):
+    i32, one = ir.IntegerType.get_signless(32), mgpu.utils.c(1.0, ir.F32Type.get())
+    below = [arith.cmpf(arith.CmpFPredicate.OLT, _scalar(r), one) for r in alpha.registers.flat]
+    vote = nvvm.vote_sync(mgpu.utils.c(0xFFFFFFFF, i32), functools.reduce(arith.ori, below), "any")
+    return mgpu.FragmentedArray.splat(arith.extui(i32, vote), (), is_signed=True)
+
+  return lax.cond(any_below_one(alpha) != 0, lambda: acc * across(alpha, acc), lambda: acc)
+
+
+def _scalar(register: Any) -> Any:
+  """The only element of a register."""
+  return vector.extract(register, dynamic_position=[], static_position=[0])
+
+
+class Turn:
+  """Warpgroups take turns at the tensor cores: one computes its softmax while another multiplies ("ping-pong").
+
+  Nothing depends on it but speed, so the interpreter leaves it out. `pass_on` hands the turn to the next warpgroup,
+  `wait` waits for it; both must be called equally often by all. Named barriers (PTX bar.arrive and bar.sync) are used,
+  which are cheaper than barriers in memory. Mosaic takes the low ids.
+  """
+
+  FIRST_BARRIER = 8
+
+  def __init__(self, warpgroup: jax.Array, count: int, *, interpret: bool):
+    self.warpgroup, self.count, self.off = warpgroup, count, interpret or count == 1
+
+  def start(self) -> None:
+    """Gives the first turn to warpgroup 0; every warpgroup calls it once."""
+    if not self.off:
+      pl.when(self.warpgroup == self.count - 1)(lambda: self._named("arrive", jnp.int32(0)))
+
+  def wait(self) -> None:
+    if not self.off:
+      self._named("sync", self.warpgroup)
+
+  def pass_on(self) -> None:
+    if not self.off:
+      self._named("arrive", lax.rem(self.warpgroup + 1, jnp.int32(self.count)))
+
+  def finish(self) -> None:
+    """Takes the turn that nobody waits for; every warpgroup calls it once, after its last `pass_on`."""
+    if not self.off:
+      pl.when(self.warpgroup == 0)(lambda: self._named("sync", jnp.int32(0)))
+
+  def _named(self, operation: str, index: jax.Array) -> None:
+    @_inline(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def barrier(_, index):
+      mgpu.utils.inline_ptx(f"bar.{operation} $0, 256;", index.registers[()], has_side_effects=True)
+
+    barrier(index + self.FIRST_BARRIER)
+
+
+def add_matmul(acc: jax.Array, lhs: jax.Array, rhs: Any, *, interpret: bool) -> jax.Array:
+  """acc + lhs @ rhs, acc and lhs in registers, rhs in shared memory."""
+  if interpret:
+    out = acc + jnp.dot(lhs, rhs[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # these reads end before a copy may overwrite what they read
+    return out
+  return pl.run_state(lambda ref: plgpu.wgmma(ref, lhs, rhs))(ACC.init(acc))
+
+
+def matmul(lhs: Any, rhs: Any) -> jax.Array:
+  """lhs @ rhs, both in shared memory; f32 in registers."""
+
+  def product(acc):
+    plgpu.wgmma(acc, lhs, rhs)
+    return acc[...]
+
+  return pl.run_scoped(product, ACC((lhs.shape[0], rhs.shape[1]), jnp.float32))
+
+
+def meet(count: int) -> None:
+  """Waits for `count` warpgroups to get here; wgmma of all then sees what each wrote to shared memory."""
+
+  @_inline()
+  def barrier(_):
+    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+    mgpu.utils.inline_ptx(f"bar.sync {Turn.FIRST_BARRIER}, {128 * count};", has_side_effects=True)
+
+  barrier()
+
+
+def wait_for(counter: Any, value: jax.Array) -> None:
+  """Waits, in one warp, until the i32[1] counter in global memory is at least `value`."""
+
+  @_inline(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+  def wait(_, counter, value):
+    semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter))
+    semaphore.wait(value.registers.item(), decrement=False, scope=mgpu.ThreadSubset.WARP, memory_scope="gpu")
+    mgpu.utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+
+  wait(counter, value)
+
+
+def signal(counter: Any, increment: jax.Array) -> None:
+  """Adds, from one warp, to an i32[1] counter in global memory; what this warp wrote by TMA and waited for is seen."""
+
+  @_inline(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+  def add(_, counter, increment):
+    mgpu.utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+    one = mgpu.utils.single_thread_predicate(mgpu.ThreadSubset.WARP)
+    semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter))
+    semaphore.signal(increment.registers.item(), predicate=one, memory_scope="gpu")
+
+  add(counter, increment)
