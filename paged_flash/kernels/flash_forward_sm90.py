@@ -22,6 +22,7 @@ the L2 cache; otherwise every query tile is a block and the hardware hands them 
 neighbouring queries, and each fetches half of every K and V tile for both.
 """
 
+import dataclasses
 import functools
 import heapq
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
-from paged_flash.kernels.mosaic import COLUMN, LN_2, LOG2_E, ROW, across, cdiv, down
+from paged_flash.kernels.mosaic import COLUMN, LN_2, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashOperands, FlashProblem
 
 ITEM_COST = 1.5  # of a tile of queries besides its KV tiles, in KV tiles
@@ -65,6 +66,25 @@ class Positions:
   def low(self, i: Any) -> Any:
     xp = np if isinstance(i, np.ndarray) else jnp
     return 0 if self.left is None else xp.maximum(0, i + (self.offset - self.left))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+  """The order of items, an item being a tile of queries of one head: a group of heads at a time."""
+
+  query_tiles: int  # of a head
+  group_heads: int  # query heads whose K and V should stay in the L2 cache together
+  is_heavy_first: bool  # tiles from the last to the first, all heads of the group for each; else head by head
+
+  def place(self, index: Any) -> tuple[Any, Any]:
+    """(batch * num_heads + head, tile) of an item; `index` may be traced or a numpy array."""
+    group, rest = divide(index, self.query_tiles * self.group_heads)
+    if self.is_heavy_first:
+      tile, head = divide(rest, self.group_heads)
+      tile = self.query_tiles - 1 - tile
+    else:
+      head, tile = divide(rest, self.query_tiles)
+    return group * self.group_heads + head, tile
 
 
 class _Item(NamedTuple):
@@ -112,12 +132,13 @@ def forward(
   rows_together = block_q * cluster
   query_tiles = cdiv(T, rows_together)
   items = query_tiles * p.batch * H
-  group_heads = group * _heads_together(p)
-  group_items = query_tiles * group_heads
   is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
+  order = Order(
+    query_tiles=query_tiles, group_heads=group * _heads_together(p), is_heavy_first=p.is_causal or not is_static
+  )
   schedule = None
   if is_static and items <= 2**16:
-    schedule = _schedule(p, rows_together, block_kv, group_heads, min(num_blocks // cluster, items))
+    schedule = make_schedule(p, order, rows_together, block_kv, min(num_blocks // cluster, items))
   out_columns = Dv if Dv <= 128 else Dv // 2
   right_masks = p.is_causal or p.window is not None or p.has_kv_lens or S % block_kv != 0
   left_masks = p.window is not None and p.window[0] is not None
@@ -142,12 +163,7 @@ def forward(
       return block if table is None else table[block, 1 + step]
 
     def item(index):
-      group_index, rest = lax.div(index, jnp.int32(group_items)), lax.rem(index, jnp.int32(group_items))
-      if p.is_causal or not is_static:
-        tile, bh = query_tiles - 1 - lax.div(rest, jnp.int32(group_heads)), lax.rem(rest, jnp.int32(group_heads))
-      else:
-        tile, bh = lax.rem(rest, jnp.int32(query_tiles)), lax.div(rest, jnp.int32(query_tiles))
-      bh = bh + group_index * group_heads
+      bh, tile = order.place(index)
       batch, first = lax.div(bh, jnp.int32(H)), tile * rows_together
       positions = Positions(p, query_lens, kv_lens, batch)
       last = jnp.minimum(first + rows_together, positions.query_len) - 1
@@ -445,22 +461,16 @@ def _heads_together(problem: FlashProblem) -> int:
 
 
 @functools.lru_cache(256)
-def _schedule(problem: FlashProblem, block_q: int, block_kv: int, group_heads: int, num_blocks: int) -> np.ndarray:
+def make_schedule(problem: FlashProblem, order: Order, block_q: int, block_kv: int, num_blocks: int) -> np.ndarray:
   """i32[blocks, 1 + n]: how many items each block has, and which: the next item always to the block that is free first.
 
   What the hardware would do with a block for each item; but blocks that stay can overlap the end of an item with the
   beginning of the next. An item costs its KV tiles and what its own beginning and end take.
   """
-  starts = np.arange(0, problem.query_len, block_q)
-  positions = Positions(problem, None, None, None)
-  high = np.asarray(positions.high(np.minimum(starts + block_q, problem.query_len) - 1))
-  low = np.asarray(positions.low(starts))
-  tiles = np.maximum(-(-np.maximum(high, 1) // block_kv) - low // block_kv, 1) + np.zeros_like(starts)
-  groups = problem.batch * problem.num_heads // group_heads
-  one_group = np.repeat(tiles[::-1], group_heads) if problem.is_causal else np.tile(tiles, group_heads)
+  _, tile = order.place(np.arange(order.query_tiles * problem.batch * problem.num_heads))
   free = [(0.0, block) for block in range(num_blocks)]
   rows = [[] for _ in range(num_blocks)]
-  for index, cost in enumerate(np.tile(one_group, groups)):
+  for index, cost in enumerate(kv_tiles(problem, block_q, block_kv)[tile]):
     when, block = heapq.heappop(free)
     rows[block].append(index)
     heapq.heappush(free, (when + cost + ITEM_COST, block))
@@ -468,6 +478,15 @@ def _schedule(problem: FlashProblem, block_q: int, block_kv: int, group_heads: i
   for block, row in enumerate(rows):
     table[block, 0], table[block, 1 : 1 + len(row)] = len(row), row
   return table
+
+
+def kv_tiles(problem: FlashProblem, block_q: int, block_kv: int) -> np.ndarray:
+  """i32[query tiles]: how many KV tiles each tile of queries visits, for static lengths."""
+  starts = np.arange(0, problem.query_len, block_q)
+  positions = Positions(problem, None, None, None)
+  high = np.asarray(positions.high(np.minimum(starts + block_q, problem.query_len) - 1))
+  low = np.asarray(positions.low(starts))
+  return np.maximum(-(-np.maximum(high, 1) // block_kv) - low // block_kv, 1) + np.zeros_like(starts)
 
 
 def _segments(problem: FlashProblem, operands: FlashOperands, block_q: int, block_kv: int) -> tuple[Any, Any, Any]:

@@ -248,6 +248,11 @@ def _scalar(register: Any) -> Any:
   return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
+def divide(a: Any, b: int) -> tuple[Any, Any]:
+  """Quotient and remainder, for a >= 0; `a` may be traced."""
+  return (lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))) if isinstance(a, jax.Array) else divmod(a, b)
+
+
 class Turn:
   """Warpgroups take turns at the tensor cores: one computes its softmax while another multiplies ("ping-pong").
 
