@@ -88,13 +88,18 @@ class Order:
 
 
 class _Item(NamedTuple):
-  """What a block computes at once: some queries of one head, and the KV tiles [low, high) they see, one at least."""
+  """What a block computes at once: some queries of one head, and the KV tiles [low, high) they see, one at least.
+
+  Tiles outside [whole_low, whole_high) may hold other segments' keys.
+  """
 
   batch: Any
   head: Any
   first: Any
   low: Any
   high: Any
+  whole_low: Any
+  whole_high: Any
   positions: Positions
 
 
@@ -169,12 +174,15 @@ def forward(
       last = jnp.minimum(first + rows_together, positions.query_len) - 1
       low = positions.low(first) // block_kv
       high = cdiv(jnp.maximum(positions.high(last), 1), block_kv)
+      whole_low, whole_high = 0, high
       if p.has_segments:
         low, high = jnp.maximum(low, bounds[batch, tile, 0]), jnp.minimum(high, bounds[batch, tile, 1])
+        whole_low, whole_high = bounds[batch, tile, 2], bounds[batch, tile, 3]
       high = jnp.clip(high, 1, cdiv(S, block_kv))
       if cluster > 1:
         first = first + lax.axis_index("pair") * block_q
-      return _Item(batch, lax.rem(bh, jnp.int32(H)), first, jnp.minimum(low, high - 1), high, positions)
+      low = jnp.minimum(low, high - 1)
+      return _Item(batch, lax.rem(bh, jnp.int32(H)), first, low, high, whole_low, whole_high, positions)
 
     @pl.when(warpgroup < num_wgs)
     def compute():
@@ -281,12 +289,16 @@ def forward(
 
         # Tiles [1, begin) are cut on their right, [end, n) on their left; those between are seen whole.
         begin, end = 1, n
-        if p.has_segments:
-          begin = n
-        elif right_masks:
-          begin = jnp.clip(work.high - lax.div(work.positions.high(row), jnp.int32(block_kv)), 1, n)
-        if left_masks:
-          end = jnp.clip(work.high - cdiv(work.positions.low(row + ROWS - 1), block_kv), begin, n)
+        if right_masks or p.has_segments:
+          whole = work.whole_high
+          if right_masks:
+            whole = jnp.minimum(whole, lax.div(work.positions.high(row), jnp.int32(block_kv)))
+          begin = jnp.clip(work.high - whole, 1, n)
+        if left_masks or p.has_segments:
+          whole = work.whole_low
+          if left_masks:
+            whole = jnp.maximum(whole, cdiv(work.positions.low(row + ROWS - 1), block_kv))
+          end = jnp.clip(work.high - whole, begin, n)
         carry = mosaic.full((ROWS, Dv), 0.0), row_max, row_sum, prob
         for masked, start, stop in ((True, 1, begin), (False, begin, end), (True, end, n)):
           if start is not stop:
@@ -404,7 +416,7 @@ def forward(
   ring_empty = plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   if cluster > 1:
     ring_empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=num_wgs, num_barriers=stages)
-  out, lse = plgpu.kernel(
+  call = plgpu.kernel(
     kernel,
     out_type=(
       jax.ShapeDtypeStruct((p.batch, padded, H, Dv), dtype),
@@ -428,16 +440,10 @@ def forward(
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     interpret=interpret,
-  )(
-    None if schedule is None else jnp.asarray(schedule),
-    query,
-    key,
-    value,
-    operands.query_lens,
-    operands.kv_lens,
-    *_segments(p, operands, rows_together, block_kv),
-    operands.sinks,
   )
+  table = None if schedule is None else jnp.asarray(schedule)
+  lens, segments = (operands.query_lens, operands.kv_lens), _segments(p, operands, rows_together, block_kv)
+  out, lse = mosaic.untyped(call, table, query, key, value, *lens, *segments, operands.sinks)
   return out[:, :T], lse[..., :T]
 
 
@@ -490,7 +496,11 @@ def kv_tiles(problem: FlashProblem, block_q: int, block_kv: int) -> np.ndarray:
 
 
 def _segments(problem: FlashProblem, operands: FlashOperands, block_q: int, block_kv: int) -> tuple[Any, Any, Any]:
-  """Segment ids padded to whole tiles, and for each query tile the KV tiles [low, high) that may hold its ids."""
+  """Segment ids padded to whole tiles, and i32[B, query tiles, 4] for each query tile.
+
+  The four: the KV tiles [low, high) that may hold ids of the query tile, and [low, high) of those that hold, as the
+  query tile does, one id only and the same; if these are no interval, none.
+  """
   if not problem.has_segments:
     return None, None, None
   query_ids, kv_ids = operands.query_segments, operands.kv_segments
@@ -503,8 +513,16 @@ def _segments(problem: FlashProblem, operands: FlashOperands, block_q: int, bloc
 
   query_ids, query_min, query_max = tiles(query_ids, block_q)
   kv_ids, kv_min, kv_max = tiles(kv_ids, block_kv)
-  meet = (query_min[:, :, None] <= kv_max[:, None]) & (kv_min[:, None] <= query_max[:, :, None])
-  index = jnp.arange(kv_min.shape[1])
-  low = jnp.where(meet, index, kv_min.shape[1]).min(-1)
-  high = jnp.where(meet, index + 1, 0).max(-1)
-  return query_ids, kv_ids, jnp.stack([low, high], -1).astype(jnp.int32)
+  query_min, query_max, kv_min, kv_max = query_min[:, :, None], query_max[:, :, None], kv_min[:, None], kv_max[:, None]
+  num_tiles = kv_min.shape[-1]
+  index = jnp.arange(num_tiles)
+
+  def ends(chosen):
+    return jnp.where(chosen, index, num_tiles).min(-1), jnp.where(chosen, index + 1, 0).max(-1)
+
+  low, high = ends((query_min <= kv_max) & (kv_min <= query_max))
+  whole = (query_min == kv_max) & (kv_min == query_max)  # both hold one id, for min <= max
+  whole_low, whole_high = ends(whole)
+  is_interval = whole.sum(-1) == whole_high - whole_low
+  whole_high = jnp.where(is_interval, whole_high, 0)
+  return query_ids, kv_ids, jnp.stack([low, high, whole_low, whole_high], -1).astype(jnp.int32)

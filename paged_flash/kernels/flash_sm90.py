@@ -1,11 +1,13 @@
 """Flash attention for Hopper GPUs by Pallas Mosaic GPU kernels: what they support, forward and backward."""
 
-import functools
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from paged_flash.kernels import flash_backward_sm90, flash_forward_sm90, mosaic
+from paged_flash.kernels import flash_backward_sm90, flash_forward_sm90
 from paged_flash.kernels.problem import FlashGradients, FlashOperands, FlashProblem, Problem, is_hopper
 
 BACKWARD_DIMS = (64, 128)
@@ -32,8 +34,8 @@ def supports(problem: Problem, stage: str = "forward") -> str:
 
 
 def forward(problem: FlashProblem, operands: FlashOperands, **tiles: Any) -> tuple[jax.Array, jax.Array]:
-  """`flash_forward_sm90.forward`, also inside `jax.shard_map`."""
-  return mosaic.untyped(functools.partial(flash_forward_sm90.forward, problem, **tiles), operands)
+  """`flash_forward_sm90.forward`, also inside `jax.vmap`."""
+  return run(flash_forward_sm90.forward, problem, (operands,), tiles)
 
 
 def backward(
@@ -45,6 +47,29 @@ def backward(
   d_lse: jax.Array,
   **tiles: Any,
 ) -> FlashGradients:
-  """`flash_backward_sm90.backward`, also inside `jax.shard_map`."""
-  kernel = functools.partial(flash_backward_sm90.backward, problem, **tiles)
-  return mosaic.untyped(kernel, operands, out, lse, d_out, d_lse)
+  """`flash_backward_sm90.backward`, also inside `jax.vmap`."""
+  return run(flash_backward_sm90.backward, problem, (operands, out, lse, d_out, d_lse), tiles)
+
+
+def run(kernel: Callable[..., Any], problem: FlashProblem, trees: tuple[Any, ...], tiles: dict[str, Any]) -> Any:
+  """kernel(problem, *trees, **tiles); an axis that `jax.vmap` adds becomes part of the batch."""
+
+  @jax.custom_batching.custom_vmap
+  def call(*trees):
+    return kernel(problem, *trees, **tiles)
+
+  @call.def_vmap
+  def mapped(size, is_mapped, *trees):
+    def repeat(x, has_axis):
+      return x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
+
+    trees = jax.tree.map(repeat, trees, tuple(is_mapped))
+    if problem.has_sinks:  # they have no batch axis
+      out = jax.lax.map(lambda trees: run(kernel, problem, trees, tiles), trees)
+    else:
+      folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trees)
+      out = run(kernel, dataclasses.replace(problem, batch=size * problem.batch), folded, tiles)
+      out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+    return out, jax.tree.map(lambda _: True, out)
+
+  return call(*trees)

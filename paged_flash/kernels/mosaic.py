@@ -210,6 +210,39 @@ def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bo
   return compute(s, shift)
 
 
+def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
+  """2 ** x of a wgmma tile in one instruction each, 0 where that would be denormal."""
+  if interpret:
+    return jnp.exp2(x)
+  layout = plgpu.Layout.WGMMA
+
+  @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
+  def compute(_, x):
+    f32, out = ir.F32Type.get(), x.registers.copy()
+    for index, register in enumerate(x.registers.flat):
+      values = [vector.extract(register, dynamic_position=[], static_position=[i]) for i in range(2)]
+      values = [mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", v, result_types=f32) for v in values]
+      out.flat[index] = vector.from_elements(register.type, values)
+    return mgpu.FragmentedArray(_registers=out, _layout=x.layout, _is_signed=None)
+
+  return compute(x)
+
+
+def anew(x: jax.Array, *, interpret: bool) -> jax.Array:
+  """The i32 scalar x, as if just computed: what follows from it is not kept in registers from one step to the next."""
+  if interpret:
+    return x
+  scalar = plgpu.Layout.WG_SPLAT
+
+  @plgpu.inline_mgpu(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+  def move(_, x):
+    i32 = ir.IntegerType.get_signless(32)
+    y = mgpu.utils.inline_ptx("mov.b32 $0, $1;", x.registers.item(), result_types=i32, has_side_effects=True)
+    return mgpu.FragmentedArray.splat(y, (), is_signed=True)
+
+  return move(x)
+
+
 def total(sums: jax.Array, *, interpret: bool) -> jax.Array:
   """Finishes the row sums of `exponentials` over the four lanes that share a row."""
   if interpret:
