@@ -255,21 +255,22 @@ def forward(
           return values(acc, prob, v), *soften(s)
 
         def products(refs):
-          s_ref, acc_ref, *out_refs = refs
+          acc_ref, *out_refs = refs
           plgpu.barrier_wait(k_full.at[k])
           turn.wait()
-          plgpu.wgmma(s_ref, query, k_smem.at[k].T)
+          s = mosaic.begin_scores(query, k_smem.at[k])
           plgpu.barrier_wait(v_full.at[v])
           plgpu.wgmma(acc_ref, prob, v_smem.at[v])
           turn.pass_on()
-          out = soften(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+          plgpu.wgmma_wait(1)
+          out = soften(s)
           for ref, x in zip(out_refs, out, strict=True):
             ref[...] = x
           plgpu.barrier_arrive(k_empty.at[k + mosaic.after(out[2])])  # ptxas must not wait for O before the softmax
 
-        zeros, (row_max, row_sum) = mosaic.full((ROWS, block_kv), 0.0), fresh()
-        start = (mosaic.ACC.init(zeros), mosaic.ACC.init(acc), zeros, row_max, row_sum, row_sum)
-        _, acc, *out = pl.run_state(products)(start)
+        row_max, row_sum = fresh()
+        start = (mosaic.ACC.init(acc), mosaic.full((ROWS, block_kv), 0.0), row_max, row_sum, row_sum)
+        acc, *out = pl.run_state(products)(start)
         plgpu.barrier_arrive(v_empty.at[v])
         return acc, *out
 

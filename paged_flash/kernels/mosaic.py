@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -323,6 +324,44 @@ class Turn:
       mgpu.utils.inline_ptx(f"bar.{operation} $0, 256;", index.registers[()], has_side_effects=True)
 
     barrier(index + self.FIRST_BARRIER)
+
+
+def begin_scores(query: Any, key: Any) -> jax.Array:
+  """Issues query [64, D] @ key [N, D].T and returns the f32 result, which must be waited for (`plgpu.wgmma_wait`).
+
+  `plgpu.wgmma` adds to an accumulator, so a fresh product needs zeros: N / 2 registers to be cleared between the turn
+  and the first instruction. Here that instruction is told to ignore what the registers hold. `query` lies in registers
+  or in shared memory, `key` in shared memory.
+  """
+  in_registers, key_columns = isinstance(query, jax.Array), key.shape[1]
+  shape = (query.shape[0], key.shape[0])
+  as_ref = lambda x: plgpu.RefType(_transforms(x.shape, x.dtype))  # noqa: E731
+
+  @_inline(
+    arg_types=(plgpu.Layout.WGMMA if in_registers else as_ref(query), as_ref(key)),
+    return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),
+  )
+  def issue(_, query, key):
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    any_value = llvm.UndefOp(ir.VectorType.get((1,), f32)).result
+    layout = plgpu.Layout._WGMMA_ACC_32BIT.to_mgpu()
+    registers = np.full(layout.registers_shape(shape), any_value, dtype=object)
+    start = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    accumulator = mgpu.WGMMAAccumulator(_value=start, _original_layout=plgpu.Layout.WGMMA.to_mgpu(), _sync=False)
+    nvvm.wgmma_fence_aligned()
+    ignore = mgpu.utils.c(0, i32)
+    block = ir.InsertionPoint.current.block
+    before = len(block.operations)
+    swizzle = plgpu.find_swizzle(key_columns * 16)
+    product = mgpu.wgmma(accumulator, query, mgpu.memref_transpose(key, (1, 0, 3, 2)), swizzle=swizzle)
+    issued = [op for op in list(block.operations)[before:] if "asm_string" in op.attributes]
+    first = next(op for op in issued if "wgmma.mma_async" in str(op.attributes["asm_string"]))
+    # Its operands end with: whether to add, two signs, whether each operand in shared memory is transposed.
+    first.operands[len(first.operands) - (4 if in_registers else 5)] = ignore
+    mgpu.utils.inline_ptx("wgmma.commit_group.sync.aligned;", has_side_effects=True)
+    return product.value
+
+  return issue(query, key)
 
 
 def add_matmul(acc: jax.Array, lhs: jax.Array, rhs: Any, *, interpret: bool) -> jax.Array:
