@@ -30,6 +30,7 @@ from paged_flash.analysis import (
   show_attention_bars,
   show_attention_memory,
   show_attention_sweep,
+  show_attention_traffic,
   show_occupancy,
 )
 from paged_flash.analysis.pictures import Picture
@@ -40,10 +41,11 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "occupancy": lambda result: show_occupancy(
     result["steps"], num_pages=result["num_pages"], page_bytes=result.get("page_bytes")
   ),
-  # The results of experiments.attention and experiments.attention_memory.
+  # The results of experiments.attention, experiments.attention_memory and experiments.attention_traffic.
   "attention_bars": lambda result: show_attention_bars(result["timings"], matmul_flops=result["matmul_flops"]),
   "attention_sweep": lambda result: show_attention_sweep(result["timings"], matmul_flops=result["matmul_flops"]),
   "attention_memory": lambda result: show_attention_memory(result["rows"]),
+  "attention_traffic": lambda result: show_attention_traffic(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 

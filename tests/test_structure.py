@@ -28,7 +28,7 @@ MAY_IMPORT = {
   "simulator": {"state", "scheduler", "cache"},
   "engine": {"requests", "step", "state", "scheduler", "sampling", "history", "models", "attention", "cache"},
   "training": {"models", "attention"},
-  "analysis": {"cache"},
+  "analysis": {"cache", "kernels"},
   "experiment": set(),
 }
 MAY_INSTALL = {  # packages that the rooms which must stay light may import, beside the standard library

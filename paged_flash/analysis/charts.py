@@ -1,6 +1,6 @@
-"""Charts of measured attention: speed over the sequence length, speed of several cases, memory over the length.
+"""Charts of measured attention: speed over the sequence length and of several cases, memory, bytes moved.
 
-They take the records that experiments/attention.py and experiments/attention_memory.py write. No pyplot, no global
+They take the records that the experiments attention, attention_memory and attention_traffic write. No pyplot, no global
 state.
 """
 
@@ -132,6 +132,47 @@ def show_attention_memory(rows: Sequence[Record]) -> Picture:
   ax.grid(lw=0.4)
   ax.spines[["top", "right"]].set_visible(False)
   ax.legend(frameon=False, fontsize=8.5)
+  return figure
+
+
+def show_attention_traffic(rows: Sequence[Record]) -> Picture:
+  """Draws the bytes of device memory that a forward pass moves, counted and measured, a group of bars for each case.
+
+  The axis is logarithmic; a line at each group is every operand once.
+
+  Args:
+    rows: one for each case and peer: "case", "peer", "label", "compulsory_bytes", "counted_hbm_bytes",
+      "measured_hbm_bytes" (None where not measured: no bar).
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  if not rows:
+    raise ValueError("rows must be at least one record, got none")
+  cases, colours = _distinct(rows, "case"), _colours(rows)
+  figure = Picture(figsize=(1.5 + 1.25 * max(len(cases), 4), 4.0), layout="constrained")
+  ax = figure.subplots()
+  width = 0.84 / (2 * len(colours))
+  for index, (peer, (label, colour)) in enumerate(colours.items()):
+    for kind, alpha in (("counted", 0.45), ("measured", 1.0)):
+      key, offset = f"{kind}_hbm_bytes", (2 * index + (kind == "measured") + 0.5) * width - 0.42
+      found = [(cases.index(r["case"]) + offset, r[key]) for r in rows if r["peer"] == peer and r[key]]
+      if found:
+        places, moved = np.array(found).T
+        ax.bar(places, moved, width, color=colour, alpha=alpha, label=f"{label}, {kind}")
+  least = {row["case"]: row["compulsory_bytes"] for row in rows}
+  places = np.arange(len(cases))
+  ax.hlines([least[case] for case in cases], places - 0.45, places + 0.45, color=_CEILING, lw=1, label="operands once")
+  ax.set_yscale("log", base=2)
+  ax.set_ylim(bottom=min(least.values()) / 8)
+  ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+  ax.set_ylabel("device memory read and written")
+  ax.set_xticks(places, [case.replace(" h", "\nh").replace(" d", "\nd") for case in cases], fontsize=7.5)
+  ax.set_xlim(-0.6, len(cases) - 0.4)
+  ax.grid(axis="y", lw=0.4)
+  ax.set_axisbelow(True)
+  ax.spines[["top", "right"]].set_visible(False)
+  _legend(figure, np.array([ax]))
   return figure
 
 

@@ -217,7 +217,7 @@ def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.exp2(x)
   layout = plgpu.Layout.WGMMA
 
-  @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
+  @_inline(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
   def compute(_, x):
     f32, out = ir.F32Type.get(), x.registers.copy()
     for index, register in enumerate(x.registers.flat):
@@ -235,7 +235,7 @@ def anew(x: jax.Array, *, interpret: bool) -> jax.Array:
     return x
   scalar = plgpu.Layout.WG_SPLAT
 
-  @plgpu.inline_mgpu(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+  @_inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
   def move(_, x):
     i32 = ir.IntegerType.get_signless(32)
     y = mgpu.utils.inline_ptx("mov.b32 $0, $1;", x.registers.item(), result_types=i32, has_side_effects=True)
