@@ -1,5 +1,14 @@
-"""Set before any test runs: four CPU devices, so that what is sharded can be tested without accelerators."""
+"""Set before any test runs: four CPU devices, so that what is sharded can be tested without accelerators.
+
+Pallas's GPU interpreter needs them too: XLA gets as many threads, and with two it can wait for itself forever.
+"""
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+  if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+    pytest.skip("needs an NVIDIA GPU")

@@ -15,8 +15,9 @@ from paged_flash.kernels.problem import FlashGradients
 from tests.kernels import cases
 from tests.tolerances import assert_close
 
-SIZES = {"xla": ("float32", 4, 20, 4, 2, 8)}  # implementation -> (dtype, B, T, H, K, D) of the calls
-IMPLEMENTATIONS = ["xla"]
+# implementation -> (dtype, B, T, H, K, D) of the calls
+SIZES = {"xla": ("float32", 4, 20, 4, 2, 8), "sm90": ("bfloat16", 4, 200, 4, 2, 64)}
+IMPLEMENTATIONS = ["xla", pytest.param("sm90", marks=pytest.mark.gpu)]
 OPTIONS: dict[str, Any] = dict(is_causal=True, local_window_size=(9, 0), return_residual=True)
 
 
@@ -136,7 +137,7 @@ class Forgetful:
   """A kernel whose results do not say that they differ from device to device, as those of Pallas calls."""
 
   @staticmethod
-  def supports(problem):
+  def supports(problem, stage="forward"):
     return ""
 
   @staticmethod

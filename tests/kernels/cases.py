@@ -61,17 +61,22 @@ def normal(rng, *shape):
   return rng.standard_normal(shape).astype(np.float32)
 
 
-def flash_call(name: str) -> dict:
-  """The arguments of `flash_attention` for one row of FLASH."""
+def flash_call(name: str, table: dict = FLASH) -> dict:
+  """The arguments of `flash_attention` for one row of FLASH, or of a table like it."""
   rng = np.random.default_rng(len(name))
-  batch, rows, columns, heads, kv_heads, dims, arguments = FLASH[name]
+  batch, rows, columns, heads, kv_heads, dims, arguments = table[name]
   head_dim, value_dim = dims if isinstance(dims, tuple) else (dims, dims)
+  random_ids = np.ones((batch, max(rows, columns)), np.int32)
+  random_ids[:, 64:128] = np.random.default_rng(2).integers(0, 3, random_ids[:, 64:128].shape)
   drawn = dict(
     query_lens=np.array([rows, 0, rows - 9, 3][:batch], np.int32),
     kv_lens=np.array([columns - 7, 20, 0, columns][:batch], np.int32),
     segments=np.sort(rng.integers(0, 4, (batch, columns)), 1).astype(np.int32),
     query_segments=np.sort(rng.integers(0, 5, (batch, rows)), 1).astype(np.int32),
     sinks=normal(rng, heads),
+    long_segments=np.tile(np.searchsorted([10, columns - 14], np.arange(columns), "right"), (batch, 1)),
+    random_ids=random_ids[:, :columns],  # of one segment, then of any, then of that one again
+    random_query_ids=random_ids[:, :rows],
   )
   call: dict = dict(
     query=normal(rng, batch, rows, heads, head_dim),
