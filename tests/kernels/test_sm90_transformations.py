@@ -23,10 +23,10 @@ def test_a_mapped_axis_joins_the_batch(has_sinks):
     rng.standard_normal(shape).astype(np.float32)
     for shape in ((3, 2, 40, 2, 16), (3, 2, 40, 1, 16), (2, 40, 1, 16), (3, 2, 40, 2, 16), (3, 2, 2, 40), (2,))
   )
-  arguments = dict(is_causal=True, sinks=sinks if has_sinks else None)
+  sinks = sinks if has_sinks else None
 
   def both(query, key, value, d_out, d_lse):
-    problem, operands = flash_problem(query, key, value, **arguments)
+    problem, operands = flash_problem(query, key, value, is_causal=True, sinks=sinks)
     out, lse = flash_sm90.run(xla.forward, problem, (operands,), TILES)
     return out, lse, flash_sm90.run(xla.backward, problem, (operands, out, lse, d_out, d_lse), TILES)
 
