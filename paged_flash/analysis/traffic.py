@@ -81,7 +81,7 @@ def flash_traffic(
     raise ValueError(f"problem must have no lengths and no segments, known only when it runs; got {', '.join(given)}")
   cluster, block_kv = tiles.get("cluster", 1), tiles["block_kv"]
   rows = sm90.ROWS * tiles["num_wgs"] * cluster  # of queries, an item's
-  order = order or kernel_order(p, rows)
+  order = order or sm90.kernel_order(p, rows)
   items = order.query_tiles * p.batch * p.num_heads
   schedule = sm90.make_schedule(p, order, rows, block_kv, min(tiles.get("num_blocks", 132) // cluster, items))
   head, tile = order.place(np.arange(items))
@@ -115,16 +115,6 @@ def flash_traffic(
     hbm=hbm,
     still_in_l2=still_in_l2,
     compulsory=compulsory_traffic(p),
-  )
-
-
-def kernel_order(problem: FlashProblem, rows: int) -> sm90.Order:
-  """The kernel's order of items of `rows` queries, for static lengths."""
-  group = problem.num_heads // problem.num_kv_heads
-  return sm90.Order(
-    query_tiles=sm90.cdiv(problem.query_len, rows),
-    group_heads=group * sm90._heads_together(problem),
-    is_heavy_first=problem.is_causal,
   )
 
 

@@ -30,7 +30,6 @@ are on their way while dK and dV leave.
 """
 
 import functools
-import heapq
 from typing import Any, NamedTuple
 
 import jax
@@ -466,20 +465,11 @@ def _schedule(
   high = everywhere + p.query_len if left is None else np.minimum(begin + block_kv - offset + left, p.query_len)
   tiles = np.maximum(-(-high // block_q) - low // block_q, 1) * (p.num_heads // p.num_kv_heads)
   heads = p.batch * p.num_kv_heads
-  free = [(0.0, block) for block in range(num_blocks)]
-  rows = [[] for _ in range(num_blocks)]
-  index = 0
+  costs = []
   for section in range(cdiv(heads, width)):
     in_order = tiles[::-1] if _is_up(section, directions) else tiles
-    for cost in np.repeat(in_order, min(width, heads - section * width)):
-      when, block = heapq.heappop(free)
-      rows[block].append(index)
-      heapq.heappush(free, (when + cost + ITEM_COST, block))
-      index += 1
-  table = np.zeros((num_blocks, 1 + max(len(row) for row in rows)), np.int32)
-  for block, row in enumerate(rows):
-    table[block, 0], table[block, 1 : 1 + len(row)] = len(row), row
-  return table
+    costs.extend(np.repeat(in_order, min(width, heads - section * width)) + ITEM_COST)
+  return mosaic.deal(costs, num_blocks)
 
 
 def _row_statistics(problem, operands, out, lse, d_out, d_lse, padded):

@@ -17,14 +17,13 @@ maximum has grown by more than 2^8, which after the first tiles is rare.
 
 Each row sees one interval of keys: causality, windows and lengths give its ends by arithmetic; segments are compared
 inside it. Tiles that no row of a block sees are not visited. With static lengths a block stays on its multiprocessor
-and works through a list of query tiles made when tracing (`_schedule`), a few heads at a time so that K and V stay in
-the L2 cache; otherwise every query tile is a block and the hardware hands them out. Blocks in clusters of two take
+and works through a list of query tiles made when tracing (`make_schedule`), a few heads at a time so that K and V stay
+in the L2 cache; otherwise every query tile is a block and the hardware hands them out. Blocks in clusters of two take
 neighbouring queries, and each fetches half of every K and V tile for both.
 """
 
 import dataclasses
 import functools
-import heapq
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +86,16 @@ class Order:
     return group * self.group_heads + head, tile
 
 
+def kernel_order(problem: FlashProblem, rows: int) -> Order:
+  """The kernel's order of items of `rows` queries."""
+  p = problem
+  return Order(
+    query_tiles=cdiv(p.query_len, rows),
+    group_heads=p.num_heads // p.num_kv_heads * _heads_together(p),
+    is_heavy_first=p.is_causal or p.has_query_lens or p.has_kv_lens or p.has_segments,
+  )
+
+
 class _Item(NamedTuple):
   """What a block computes at once: some queries of one head, and the KV tiles [low, high) they see, one at least.
 
@@ -138,9 +147,7 @@ def forward(
   query_tiles = cdiv(T, rows_together)
   items = query_tiles * p.batch * H
   is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
-  order = Order(
-    query_tiles=query_tiles, group_heads=group * _heads_together(p), is_heavy_first=p.is_causal or not is_static
-  )
+  order = kernel_order(p, rows_together)
   schedule = None
   if is_static and items <= 2**16:
     schedule = make_schedule(p, order, rows_together, block_kv, min(num_blocks // cluster, items))
@@ -475,16 +482,7 @@ def make_schedule(problem: FlashProblem, order: Order, block_q: int, block_kv: i
   beginning of the next. An item costs its KV tiles and what its own beginning and end take.
   """
   _, tile = order.place(np.arange(order.query_tiles * problem.batch * problem.num_heads))
-  free = [(0.0, block) for block in range(num_blocks)]
-  rows = [[] for _ in range(num_blocks)]
-  for index, cost in enumerate(kv_tiles(problem, block_q, block_kv)[tile]):
-    when, block = heapq.heappop(free)
-    rows[block].append(index)
-    heapq.heappush(free, (when + cost + ITEM_COST, block))
-  table = np.zeros((num_blocks, 1 + max(len(row) for row in rows)), np.int32)
-  for block, row in enumerate(rows):
-    table[block, 0], table[block, 1 : 1 + len(row)] = len(row), row
-  return table
+  return mosaic.deal(kv_tiles(problem, block_q, block_kv)[tile] + ITEM_COST, num_blocks)
 
 
 def kv_tiles(problem: FlashProblem, block_q: int, block_kv: int) -> np.ndarray:

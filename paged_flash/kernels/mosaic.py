@@ -5,7 +5,8 @@ JAX 0.11 lacks an instruction, `interpret` selects plain arithmetic with the sam
 """
 
 import functools
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,7 +26,6 @@ _tiling: Any = plgpu.TilingTransform  # abstract for a type checker, not when ca
 _swizzle: Any = plgpu.SwizzleTransform
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-SMEM_BYTES = 232_448  # a block's shared memory on sm_90
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a wgmma tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for each column
 
@@ -285,6 +285,20 @@ def _scalar(register: Any) -> Any:
 def divide(a: Any, b: int) -> tuple[Any, Any]:
   """Quotient and remainder, for a >= 0; `a` may be traced."""
   return (lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))) if isinstance(a, jax.Array) else divmod(a, b)
+
+
+def deal(costs: Iterable[float], num_blocks: int) -> np.ndarray:
+  """i32[blocks, 1 + n]: how many items each block has, and which: the next to the block that is free first."""
+  free = [(0.0, block) for block in range(num_blocks)]
+  rows = [[] for _ in range(num_blocks)]
+  for index, cost in enumerate(costs):
+    when, block = heapq.heappop(free)
+    rows[block].append(index)
+    heapq.heappush(free, (when + cost, block))
+  table = np.zeros((num_blocks, 1 + max(len(row) for row in rows)), np.int32)
+  for block, row in enumerate(rows):
+    table[block, 0], table[block, 1 : 1 + len(row)] = len(row), row
+  return table
 
 
 class Turn:

@@ -10,7 +10,7 @@ import pytest
 
 from paged_flash import tuning
 from paged_flash.analysis import traffic
-from paged_flash.analysis.traffic import Moved, flash_traffic, kernel_order, naive_traffic
+from paged_flash.analysis.traffic import Moved, flash_traffic, naive_traffic
 from paged_flash.kernels import flash_forward_sm90
 from paged_flash.kernels.problem import FlashOperands, FlashProblem
 
@@ -139,7 +139,7 @@ def test_blocks_that_run_together_share_their_keys():
 
 def test_one_group_of_all_heads_reads_keys_again_and_again():
   tiles = tuning.tiles(GROUPED, "sm90")
-  order = kernel_order(GROUPED, 64 * tiles["num_wgs"])
+  order = flash_forward_sm90.kernel_order(GROUPED, 64 * tiles["num_wgs"])
   assert order.group_heads < 128
   grouped = flash_traffic(GROUPED, tiles)
   ungrouped = flash_traffic(GROUPED, tiles, order=dataclasses.replace(order, group_heads=128))
