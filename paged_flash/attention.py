@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from paged_flash import tuning
-from paged_flash.kernels import flash_sm90, reference, xla
+from paged_flash.kernels import flash_sm90, paged_sm90, reference, xla
 from paged_flash.kernels.arguments import flash_problem, paged_problem
 from paged_flash.kernels.problem import FlashOperands, FlashProblem, PagedOperands, PagedProblem, Problem
 
@@ -20,6 +20,8 @@ __all__ = ["choose", "explain", "flash_attention", "paged_attention"]
 
 # In the order of preference.
 KERNELS = {"sm90": flash_sm90, "xla": xla, "reference": reference}
+# The paged kernel for Hopper has not run on a GPU yet, and has no prefill: it comes last, and runs where it is named.
+PAGED_KERNELS = {"xla": xla, "reference": reference, "sm90": paged_sm90}
 
 
 def flash_attention(
@@ -147,7 +149,7 @@ def paged_attention(
     k_scales: f32[N, page_size, K], factors of 8-bit `k_pages`, one per token and head.
     v_scales: Like `k_scales`.
     return_residual: Also return the LSE.
-    implementation: "xla" or "reference"; None takes the first that supports the call (see `explain`).
+    implementation: "xla", "reference" or "sm90" (Hopper GPUs); None: the first that supports the call (see `explain`).
 
   Returns:
     out [T, H, D] in the query's dtype; with `return_residual`, (out, lse f32[T, H], natural log).
@@ -205,14 +207,15 @@ def choose(problem: Problem, implementation: str | None, stage: str = "forward")
   Example:
     `choose(problem, None)` -> `("xla", {"sm90": "it takes bfloat16 and float16, not float32"})`.
   """
+  kernels = _kernels(problem)
   if implementation is not None:
-    if implementation not in KERNELS:
-      raise ValueError(f"implementation must be one of {', '.join(KERNELS)} or None, {_got_name(implementation)}")
-    if reason := KERNELS[implementation].supports(problem, stage):
+    if implementation not in kernels:
+      raise ValueError(f"implementation must be one of {', '.join(kernels)} or None, {_got_name(implementation)}")
+    if reason := kernels[implementation].supports(problem, stage):
       raise ValueError(f"implementation {implementation!r} does not support this call: {reason}")
     return implementation, {}
   reasons = {}
-  for name, kernel in KERNELS.items():
+  for name, kernel in kernels.items():
     reason = kernel.supports(problem, stage)
     if not reason:
       return name, reasons
@@ -256,7 +259,11 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> str:
   if isinstance(problem, FlashProblem) and (reason := KERNELS[name].supports(problem, "backward")):
     instead = "no gradient" if implementation else f"backward runs {choose(problem, None, 'backward')[0]}"
     lines.append(f"  {instead}: {reason}")
-  return "\n".join(lines + [f"  {other}: {reasons.get(other, why)}" for other in KERNELS if other != name])
+  return "\n".join(lines + [f"  {other}: {reasons.get(other, why)}" for other in _kernels(problem) if other != name])
+
+
+def _kernels(problem: Problem) -> dict[str, Any]:
+  return PAGED_KERNELS if isinstance(problem, PagedProblem) else KERNELS
 
 
 def _got_name(name: Any) -> str:
@@ -317,7 +324,7 @@ _flash = jax.jit(_flash_vjp, static_argnums=(0, 1, 2))  # traced and lowered onc
 
 
 def _paged_forward(problem: PagedProblem, name: str, operands: PagedOperands) -> tuple[jax.Array, jax.Array]:
-  return _vary_as(operands, KERNELS[name].paged_forward(problem, operands, **tuning.tiles(problem, name)))
+  return _vary_as(operands, _kernels(problem)[name].paged_forward(problem, operands, **tuning.tiles(problem, name)))
 
 
 def _paged_fwd(problem, name, operands):

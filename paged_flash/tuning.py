@@ -32,7 +32,7 @@ def tiles(problem: Problem, implementation: str, stage: Literal["forward", "back
   Returns:
     Keyword arguments of that function. xla: `block_q` queries by `block_kv` keys; `lanes` key blocks at a time
     (decode): constants of the problem's kind, so that a sequence's result does not depend on who shares its batch.
-    sm90: see `flash_forward_sm90.forward` and `flash_backward_sm90.backward`.
+    sm90: see `flash_forward_sm90.forward`, `flash_backward_sm90.backward` and `paged_decode_sm90.forward`.
     Empty for the reference, which has no tiles.
 
   Raises:
@@ -46,6 +46,9 @@ def tiles(problem: Problem, implementation: str, stage: Literal["forward", "back
   if implementation == "xla":
     is_paged = isinstance(problem, PagedProblem)
     return {"block_q": 64, "block_kv": 128, "lanes": 8} if is_paged else {"block_q": 128, "block_kv": 128}
+  if isinstance(problem, PagedProblem):  # by head_dim: 192 KiB of K and V in flight; not measured yet
+    size = problem.head_dim
+    return {"lanes": 1 if size == 256 else 2, "block_kv": 128 if size == 64 else 64, "stages": 3}
   path = TABLES / f"{problem.device}.json"
   for entry in _table(path).get(stage, []) if path.exists() else []:
     if all(_matches(problem, *wanted) for wanted in entry["match"].items()):

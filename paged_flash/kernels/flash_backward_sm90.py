@@ -12,6 +12,10 @@ memory because both warpgroups need all of it for dQ, of which each computes one
 behind dQ and dK, so that the tensor cores have work while dQ leaves. Two warps add dQ tiles in turn to an f32 array in
 global memory by TMA.
 
+Above head_dim 128 the registers hold dK and dV of 64 keys only, and the two warpgroups differ (`compute_role`): one
+computes S^T, P^T and dV, the other dP^T, dS^T and dK, and each one part of dQ's columns, which are added apart, with a
+counter of their own. The first runs ahead: its dQ leaves and its next P^T is computed while the other multiplies.
+
 The order of these additions is fixed, so two runs give the same bits. A counter for each (sequence, head, query tile)
 holds the rank of the KV tile that may add next; it adds, waits for the addition to be complete, and raises the counter.
 The query tiles that see a KV tile are made an interval whose ends never fall as KV tiles ascend (`_visits`), so the
@@ -19,16 +23,17 @@ ranks of those that meet a query tile follow one another, and the neighbor's int
 
 Heads are worked on in sections, which differ in direction. In the first, third, ... KV tiles start from the last, and
 walk up through the queries; in the others they start from the first and walk down. With a causal mask, KV tiles that
-start together then reach a query tile two steps after one another, and end the later the more queries see them; the
+start together then reach a query tile a step or two after one another, and end the later the more queries see them; the
 next section's tiles start in the order in which these end, the heaviest first, follow each other as well, and all end
 together. Without a mask, tiles of a head that run together start at evenly spread queries and walk around (`spread`).
 
 No deadlock: an item (one KV tile of one kv head) waits only for earlier ones or, where spread, for those of its
 section, which all run at the same time; blocks compute their items in order, and start in the order of their first
-ones. With static lengths blocks stay on their multiprocessor and work on a list of items (`_schedule`): the next keys
-are on their way while dK and dV leave.
+ones. There are never more persistent blocks than multiprocessors. With static lengths blocks stay on theirs and work on
+a list of items (`_schedule`): the next keys are on their way while dK and dV leave.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -41,11 +46,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
 from paged_flash.kernels.flash_forward_sm90 import Positions
-from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, across, cdiv, down
+from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashGradients, FlashOperands, FlashProblem, spans
 
-ROWS = 64  # keys of one warpgroup
+ROWS = 64  # of a wgmma tile: keys of one warpgroup, or of both where head_dim is above 128
 NUM_WGS = 2
+WIDE = 128  # columns of dQ that leave at once where head_dim is above 128
+MOST_ITEMS = 2**16  # of a schedule
 ITEM_COST = 1.5  # of a tile of keys besides its query tiles, in query tiles
 
 
@@ -67,6 +74,84 @@ class _Item(NamedTuple):
   def tile(self, n: Any) -> Any:
     """The n-th query tile."""
     return jnp.where(self.up, self.first + n, self.last - 1 - n)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+  """In which order items are worked on, tiles of queries visited, and dQ tiles added."""
+
+  query_tiles: int
+  kv_tiles: int
+  heads: int  # KV heads of all sequences
+  num_kv_heads: int
+  group: int  # query heads of a KV head
+  width: int  # heads of a section
+  directions: str
+  spread: bool  # tiles of keys of a section start at evenly spread queries and walk around
+
+  def item(self, index: Any, visits: Any) -> _Item:
+    """The item of that index; what `visits` says is that of `_visits`."""
+    kv_tiles, K = self.kv_tiles, jnp.int32(self.num_kv_heads)
+    section, rest = divide(index, self.width * kv_tiles)
+    here = jnp.minimum(self.width, self.heads - section * self.width)
+    rank, head = lax.div(rest, here), section * self.width + lax.rem(rest, here)
+    up = self.spread or _is_up(section, self.directions)
+    kv_tile = jnp.where(up, kv_tiles - 1 - rank, rank)
+    batch = lax.div(head, K)
+    first, last, whole_first, whole_last, before, after = (visits[batch, kv_tile, i] for i in range(6))
+    shared = jnp.where(up, after, first), jnp.where(up, last, before)
+    steps = self.group * (last - first)
+    return _Item(batch, lax.rem(head, K), kv_tile, first, last, whole_first, whole_last, rank, shared, up, steps)
+
+  def head_and_tile(self, work: _Item, n: Any) -> tuple[Any, Any]:
+    """Query head and tile of the item's n-th step."""
+    turn, member = divide(n, self.group)
+    tile = work.tile(turn)
+    if self.spread:
+      tile = tile + divide(work.kv_tile * self.query_tiles, self.kv_tiles)[0]
+      tile = jnp.where(tile < self.query_tiles, tile, tile - self.query_tiles)
+    return work.kv_head * self.group + member, tile
+
+  def turn(self, work: _Item, tile: Any) -> tuple[Any, Any, Any]:
+    """When the item adds to a tile of dQ: once the counter is `rank`, if it follows others; or it leads and writes.
+
+    Then the counter becomes rank + 1.
+    """
+    if self.spread:  # from the KV tile that starts here or before, down and around
+      rank = divide((tile + 1) * self.kv_tiles - 1, self.query_tiles)[0] - work.kv_tile
+      rank = jnp.where(rank < 0, rank + self.kv_tiles, rank)
+      return rank, rank > 0, rank == 0
+    low, high = work.shared
+    return work.rank, (low <= tile) & (tile < high), (tile < low) | (tile >= high)
+
+
+def _plan(
+  problem: FlashProblem,
+  block_q: int,
+  block_kv: int,
+  num_blocks: int,
+  directions: str = "alternate",
+  is_persistent: bool = True,
+  is_spread: bool = True,
+) -> tuple[_Walk, np.ndarray | None]:
+  """The walk, and `_schedule` for at most `num_blocks` blocks; None where every item is a block."""
+  p = problem
+  query_tiles, kv_tiles, heads = cdiv(p.query_len, block_q), cdiv(p.kv_len, block_kv), p.batch * p.num_kv_heads
+  items = heads * kv_tiles
+  is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
+  has_masks = not is_static or p.is_causal or p.window is not None or p.kv_len % block_kv != 0
+  at_once = min(num_blocks // kv_tiles, heads)
+  spread = is_spread and not has_masks and at_once > 0 and items <= MOST_ITEMS
+  spread = spread and cdiv(heads, at_once) == cdiv(items, num_blocks)
+  if spread:  # a section's items wait for each other: all run at once
+    width, num_blocks = at_once, at_once * kv_tiles
+  else:  # as many heads as give each block about two items, and an even number of sections
+    width = max(n for n in range(1, max(2, 2 * num_blocks // kv_tiles + 1)) if n == 1 or heads % (2 * n) == 0)
+  schedule = None
+  if is_static and (is_persistent or spread) and items <= MOST_ITEMS:
+    schedule = _schedule(p, block_q, block_kv, width, min(num_blocks, items), directions)
+  group = p.num_heads // p.num_kv_heads
+  return _Walk(query_tiles, kv_tiles, heads, p.num_kv_heads, group, width, directions, spread), schedule
 
 
 def backward(
@@ -95,114 +180,190 @@ def backward(
     lse: f32[B, H, T], what forward returned, natural log.
     d_out: [B, T, H, Dv], the cotangent of `out`.
     d_lse: f32[B, H, T], the cotangent of `lse`.
-    block_q: Queries of a tile, 64 or 128.
-    stages: Tiles of Q and dO in flight.
-    num_blocks: Blocks that run at once, at most the number of multiprocessors: they wait for each other.
+    block_q: Queries of a tile, 64 or, for head_dim up to 128, 128.
+    stages: Tiles of Q and dO in flight; of dO one less for a value_dim above 192.
+    num_blocks: Blocks that run at once. They wait for each other: the number of multiprocessors bounds it.
     directions: "alternate" from section to section, "up" or "down".
     is_persistent: Whether blocks stay on their multiprocessor, if lengths are static.
     is_spread: Whether tiles of keys without a mask start at different queries.
-    ahead: Whether S^T of the next step is computed behind dQ and dK.
+    ahead: Whether S^T of the next step is computed behind dQ and dK, for head_dim up to 128.
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
   """
   p = problem
-  num_blocks = num_blocks or {"nvidia_h20": 78, "nvidia_h100_pcie": 114}.get(p.device, 132)
-  T, S, H, K = p.query_len, p.kv_len, p.num_heads, p.num_kv_heads
+  cores = mosaic.num_multiprocessors()
+  num_blocks = min(num_blocks or cores, cores)
+  T, S, H = p.query_len, p.kv_len, p.num_heads
   Dv = 64 * cdiv(p.value_dim, 64)
   D = max(64 * cdiv(p.head_dim, 64), Dv)
-  dtype, group, block_kv = operands.query.dtype, H // K, ROWS * NUM_WGS
-  query_tiles, kv_tiles, heads = cdiv(T, block_q), cdiv(S, block_kv), p.batch * K
-  items, padded = heads * kv_tiles, query_tiles * block_q
-  right_masks = p.is_causal or p.window is not None or p.has_kv_lens or p.has_segments or S % block_kv != 0
+  is_wide = D > 128
+  if is_wide and block_q != ROWS:
+    raise ValueError(f"block_q must be {ROWS} for head_dim above 128, got {block_q}")
+  dtype, block_kv = operands.query.dtype, ROWS * (1 if is_wide else NUM_WGS)
+  do_stages = max(1, stages - 1) if Dv > 192 else stages  # what shared memory holds
+  parts = ((0, WIDE), (WIDE, D - WIDE)) if is_wide else ((0, D),)  # of dQ that are added apart: first column, how many
+  query_tiles, kv_tiles = cdiv(T, block_q), cdiv(S, block_kv)
+  padded = query_tiles * block_q
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
   is_interpreted = interpret is not None
   by_rows = block_q == ROWS * NUM_WGS  # how the warpgroups share a tile of dQ
   dq_shape = (ROWS, D) if by_rows else (block_q, D // NUM_WGS)
-  # Sections of as many heads as give each block about two items, and an even number of sections.
-  width = max(n for n in range(1, max(2, 2 * num_blocks // kv_tiles + 1)) if n == 1 or heads % (2 * n) == 0)
-  is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
-  at_once = num_blocks // kv_tiles
-  spread = is_spread and is_static and not right_masks and at_once * kv_tiles > 0
-  spread = spread and cdiv(heads, at_once) == cdiv(items, num_blocks)
-  if spread:
-    width = min(at_once, heads)
-    num_blocks = width * kv_tiles
-  schedule = None
-  if is_static and (is_persistent or spread) and items <= 2**16:
-    schedule = _schedule(p, block_q, block_kv, width, min(num_blocks, items), directions)
+  walk, schedule = _plan(p, block_q, block_kv, num_blocks, directions, is_persistent, is_spread)
 
   def kernel(
     table, q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, query_lens, kv_lens, query_ids, kv_ids, visits, turns,
     dq_gmem, dk_gmem, dv_gmem, *scratch,
   ):  # fmt: skip
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, leaving, *barriers = scratch
-    dq_smem, (dk_smem, dv_smem) = leaving
-    kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, met = barriers
+    if is_wide:
+      *dq_parts, dk_smem, dv_smem = leaving
+    else:
+      dq_smem, (dk_smem, dv_smem) = leaving
+    kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, met, p_full = barriers
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
     count = 1 if table is None else table[block, 0]
 
     def item(step):
       """The block's n-th item."""
-      index = block if table is None else table[block, 1 + step]
-      section, rest = lax.div(index, jnp.int32(width * kv_tiles)), lax.rem(index, jnp.int32(width * kv_tiles))
-      here = jnp.minimum(width, heads - section * width)
-      rank, head = lax.div(rest, here), section * width + lax.rem(rest, here)
-      up = spread or _is_up(section, directions)
-      kv_tile = jnp.where(up, kv_tiles - 1 - rank, rank)
-      batch = lax.div(head, jnp.int32(K))
-      first, last, whole_first, whole_last, before, after = (visits[batch, kv_tile, i] for i in range(6))
-      shared = jnp.where(up, after, first), jnp.where(up, last, before)
-      steps = group * (last - first)
-      return _Item(
-        batch, lax.rem(head, jnp.int32(K)), kv_tile, first, last, whole_first, whole_last, rank, shared, up, steps
-      )
-
-    def head_and_tile(work, n):
-      """Query head and tile of the item's n-th step."""
-      tile = work.tile(lax.div(n, jnp.int32(group)))
-      if spread:
-        tile = tile + lax.div(work.kv_tile * query_tiles, jnp.int32(kv_tiles))
-        tile = jnp.where(tile < query_tiles, tile, tile - query_tiles)
-      return work.kv_head * group + lax.rem(n, jnp.int32(group)), tile
+      return walk.item(block if table is None else table[block, 1 + step], visits)
 
     slot = lambda n: lax.rem(n, jnp.int32(stages))  # noqa: E731
+    do_slot = lambda n: lax.rem(n, jnp.int32(do_stages))  # noqa: E731
     other = lambda n: lax.rem(n, jnp.int32(2))  # noqa: E731
 
-    @pl.when(warpgroup < NUM_WGS)
-    def compute():
+    def everybody():
+      """Waits for the other compute warpgroup."""
+      if is_interpreted:
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+      else:
+        mosaic.meet(NUM_WGS)
+
+    def masked_scores(s, work, tile, key):
+      """S^T of the tile and 64 keys from `key`, -inf where a query does not see a key; the soft cap's derivative."""
+      slope = None
+      if p.soft_cap is not None:
+        s = jnp.tanh(s * (p.scale / p.soft_cap))
+        slope = 1 - s * s
+      first_query, positions = tile * block_q, Positions(p, query_lens, kv_lens, work.batch)
+
+      def cut():
+        """By which queries see each key, [low, high) counted from the tile's first."""
+        keys = key + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+        low = 0 if positions.right is None else keys - positions.offset - positions.right - first_query
+        low = jnp.where(keys < positions.kv_len, low, block_q)
+        high = None if positions.left is None else keys - positions.offset + positions.left + 1 - first_query
+        return mosaic.keep(s, low, high, interpret=is_interpreted)
+
+      if not p.has_segments:
+        return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
+      ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, block_q)], layout=COLUMN, optimized=False)
+      own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
+      s = cut()
+      return jnp.where(across(own, s) == down(ids, s), s, -jnp.inf), slope
+
+    def probabilities(s, at):
+      row_lse = plgpu.load(lse_smem.at[at], layout=COLUMN, optimized=False)
+      return mosaic.exp2(s * factor - down(row_lse, s), interpret=is_interpreted)
+
+    def minus_delta(dp, at):
+      return dp - down(plgpu.load(delta_smem.at[at], layout=COLUMN, optimized=False), dp)
+
+    def compute_role(role):
+      """One of two warpgroups that share 64 keys, for head_dim above 128.
+
+      The first computes S^T, P^T and dV, the second dP^T, dS^T and dK, each one part of dQ. P^T goes from the first to
+      the second through shared memory, and dS^T comes back in its place.
+      """
+      plgpu.set_max_registers(240, action="increase")
+      first_column, columns = parts[role]
+      dq_part = dq_parts[role]  # the two lie in the same place
+      left, acc_columns = (k_smem, Dv) if role == 0 else (v_smem, D)
+      out_tile, out_gmem, out_scale = (dv_smem, dv_gmem, 1.0) if role == 0 else (dk_smem, dk_gmem, p.scale)
+      q_ring, do_ring = (q_smem, q_full, q_empty, slot), (do_smem, do_full, do_empty, do_slot)
+      rings = (q_ring, do_ring) if role == 0 else (do_ring, q_ring)
+      (tiles, full, empty, place), (other_tiles, other_full, other_empty, other_place) = rings
+
+      def visit(n, acc, work, done):
+        """Adds what the n-th step's queries give."""
+        at, other_at, ds_tile = place(done + n), other_place(done + n), ds_smem.at[other(n)]
+        everything = pl.ds(mosaic.anew(jnp.int32(0), interpret=is_interpreted) * ROWS, ROWS)
+        plgpu.barrier_wait(full.at[at])
+        if is_interpreted:
+          x = mosaic.matmul(left.at[everything], tiles.at[at].T)
+        else:
+          x = mosaic.begin_scores(left.at[everything], tiles.at[at])
+        if role == 0:
+          plgpu.wgmma_wait(0)
+          s, slope = masked_scores(x, work, walk.head_and_tile(work, n)[1], work.kv_tile * block_kv)
+          prob = probabilities(s, at)
+          lhs = prob.astype(dtype)
+          # The other has done with this buffer: it computed its dQ of two steps ago before `everybody` of the last.
+          ds_tile[...] = lhs if slope is None else (prob * slope).astype(dtype)
+          plgpu.barrier_arrive(p_full)  # one phase ahead of the other at most: `everybody` comes before the next
+        else:
+          plgpu.barrier_wait(p_full)
+          prob = plgpu.load(ds_tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+          plgpu.wgmma_wait(0)
+          lhs = (prob * minus_delta(x, at)).astype(dtype)
+          ds_tile[...] = lhs
+        plgpu.barrier_wait(other_full.at[other_at])
+        rhs, own_columns = other_tiles.at[other_at], k_smem.at[everything, pl.ds(first_column, columns)]
+
+        def put_dq(dq):
+          """The order of users of the buffer is this step's first and second part, the next step's first, ..."""
+          used = role if role else n
+          pl.when(used > 0)(lambda: plgpu.barrier_wait(dq_empty.at[1 - role]))
+          dq_part[...] = dq
+          plgpu.commit_smem()
+          plgpu.barrier_arrive(dq_full.at[role])
+
+        if is_interpreted:
+          acc = mosaic.add_matmul(acc, lhs, rhs, interpret=True)
+          plgpu.barrier_arrive(other_empty.at[other_at])
+          everybody()
+          plgpu.barrier_arrive(empty.at[at])
+          put_dq(mosaic.matmul(ds_tile.T, own_columns))
+          return acc
+
+        def products(ref):
+          plgpu.wgmma(ref, lhs, rhs)
+          everybody()
+          plgpu.barrier_arrive(empty.at[at])
+          dq = mosaic.begin_matmul(ds_tile, own_columns, transpose_lhs=True)
+          plgpu.wgmma_wait(1)
+          plgpu.barrier_arrive(other_empty.at[other_at])
+          plgpu.wgmma_wait(0)
+          put_dq(dq)
+
+        return pl.run_state(products)(mosaic.ACC.init(acc))
+
+      def one_item(step, done):
+        work = item(step)
+        plgpu.barrier_wait(kv_full)
+        # dV or dK of the item before has left the buffer of dQ: said to the other by the first `everybody`.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        start = mosaic.full((ROWS, acc_columns), 0.0)
+        acc = lax.fori_loop(0, work.steps, lambda n, acc: visit(n, acc, work, done), start)
+        plgpu.barrier_arrive(kv_empty)
+        if role == 0:
+          plgpu.barrier_wait(dq_empty.at[1])
+        else:
+          everybody()  # dV has left
+        out_tile[...] = (acc * out_scale).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_tile, out_gmem.at[work.batch, pl.ds(work.kv_tile * block_kv, ROWS), work.kv_head])
+        if role == 0:
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          everybody()
+        return done + work.steps
+
+      lax.fori_loop(0, count, one_item, jnp.int32(0))
+      plgpu.wait_smem_to_gmem(0)
+
+    def compute_rows():
+      """One of two warpgroups with 64 keys each, for head_dim up to 128."""
       plgpu.set_max_registers(240, action="increase")
       rows = pl.ds(warpgroup * ROWS, ROWS)
-
-      def everybody():
-        """Waits for the other warpgroup."""
-        if is_interpreted:
-          plgpu.barrier_arrive(met)
-          plgpu.barrier_wait(met)
-        else:
-          mosaic.meet(NUM_WGS)
-
-      def masked_scores(s, work, tile):
-        """The scores S^T, -inf where a query does not see a key, and the derivative of the soft cap."""
-        slope = None
-        if p.soft_cap is not None:
-          s = jnp.tanh(s * (p.scale / p.soft_cap))
-          slope = 1 - s * s
-        first_query, key = tile * block_q, work.kv_tile * block_kv + warpgroup * ROWS
-        positions = Positions(p, query_lens, kv_lens, work.batch)
-
-        def cut():
-          """By which queries see each key, [low, high) counted from the tile's first."""
-          keys = key + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-          low = 0 if positions.right is None else keys - positions.offset - positions.right - first_query
-          low = jnp.where(keys < positions.kv_len, low, block_q)
-          high = None if positions.left is None else keys - positions.offset + positions.left + 1 - first_query
-          return mosaic.keep(s, low, high, interpret=is_interpreted)
-
-        if not p.has_segments:
-          return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
-        ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, block_q)], layout=COLUMN, optimized=False)
-        own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
-        s = cut()
-        return jnp.where(across(own, s) == down(ids, s), s, -jnp.inf), slope
 
       def one_item(step, done):
         work = item(step)
@@ -211,7 +372,7 @@ def backward(
           """Adds what the n-th step's queries give."""
           dk, dv, *s = carry
           at = slot(done + n)
-          _, tile = head_and_tile(work, n)
+          (_, tile), key = walk.head_and_tile(work, n), work.kv_tile * block_kv + warpgroup * ROWS
           mine = mosaic.anew(warpgroup, interpret=is_interpreted)
           rows = pl.ds(mine * ROWS, ROWS)
           q, k_tile, v_tile, do = q_smem.at[at], k_smem.at[rows], v_smem.at[rows], do_smem.at[at]
@@ -222,13 +383,8 @@ def backward(
             columns = pl.ds(mine * dq_shape[1], dq_shape[1])
             dq_tile, half_of_ds, half_of_k = dq_tile.at[:, columns], ds_pair, k_smem.at[:, columns]
 
-          def probabilities(s):
-            row_lse = plgpu.load(lse_smem.at[at], layout=COLUMN, optimized=False)
-            return mosaic.exp2(s * factor - down(row_lse, s), interpret=is_interpreted)
-
           def score_gradient(prob, slope, dp):
-            delta = plgpu.load(delta_smem.at[at], layout=COLUMN, optimized=False)
-            ds = prob * (dp - down(delta, dp))
+            ds = prob * minus_delta(dp, at)
             return (ds if slope is None else ds * slope).astype(dtype)
 
           def put_dq(dq):
@@ -242,8 +398,8 @@ def backward(
             s = mosaic.matmul(k_tile, q.T)
             plgpu.barrier_wait(do_full.at[at])
             dp = mosaic.matmul(v_tile, do.T)
-            s, slope = masked_scores(s, work, tile)
-            prob = probabilities(s)
+            s, slope = masked_scores(s, work, tile, key)
+            prob = probabilities(s, at)
             ds = score_gradient(prob, slope, dp)
             ds_pair[rows] = ds
             dv = mosaic.add_matmul(dv, prob.astype(dtype), do, interpret=True)
@@ -256,37 +412,43 @@ def backward(
             return dk, dv
 
           def products(refs):
-            s_ref, dp_ref, dq_ref, dk_ref, dv_ref = refs
+            dk_ref, dv_ref, *next_s_ref = refs
             if ahead:
-              scores, slope = masked_scores(s[0], work, tile)
+              raw_scores = s[0]
             else:
               plgpu.barrier_wait(q_full.at[at])
-              plgpu.wgmma(s_ref, k_tile, q.T)
+              raw_scores = mosaic.begin_scores(k_tile, q)
             plgpu.barrier_wait(do_full.at[at])
-            plgpu.wgmma(dp_ref, v_tile, do.T)
+            dp = mosaic.begin_scores(v_tile, do)
             if not ahead:
-              scores, slope = masked_scores(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), work, tile)
-            prob = probabilities(scores)
+              plgpu.wgmma_wait(1)
+            scores, slope = masked_scores(raw_scores, work, tile, key)
+            prob = probabilities(scores, at)
             plgpu.wgmma(dv_ref, prob.astype(dtype), do)
-            ds = score_gradient(prob, slope, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1))
+            plgpu.wgmma_wait(1)
+            ds = score_gradient(prob, slope, dp)
             ds_pair.at[rows][...] = ds
             everybody()
-            plgpu.wgmma(dq_ref, half_of_ds.T, half_of_k)
+            dq = mosaic.begin_matmul(half_of_ds, half_of_k, transpose_lhs=True)
             plgpu.wgmma(dk_ref, ds, q)
             plgpu.wgmma_wait(2)
             plgpu.barrier_arrive(do_empty.at[at])
-            put_dq(plgpu.wgmma_accumulator_load(dq_ref, wait_n=1))
+            plgpu.wgmma_wait(1)
+            put_dq(dq)
             if ahead:
               upcoming = done + jnp.minimum(n + 1, work.steps - 1)
               pl.when(n + 1 < work.steps)(lambda: plgpu.barrier_wait(q_full.at[slot(upcoming)]))
-              plgpu.wgmma(s_ref, k_tile, q_smem.at[slot(upcoming)].T)
-            plgpu.wgmma_wait(0 + ahead)
-            plgpu.barrier_arrive(q_empty.at[at])
+              next_s = mosaic.begin_scores(k_tile, q_smem.at[slot(upcoming)])
+              plgpu.wgmma_wait(1)
+              plgpu.barrier_arrive(q_empty.at[at])
+              plgpu.wgmma_wait(0)
+              next_s_ref[0][...] = next_s
+            else:
+              plgpu.wgmma_wait(0)
+              plgpu.barrier_arrive(q_empty.at[at])
 
-          zeros = mosaic.full((ROWS, block_q), 0.0)
-          start = (zeros, zeros, mosaic.full(dq_shape, 0.0), dk, dv)
-          new_s, _, _, dk, dv = pl.run_state(products)(tuple(mosaic.ACC.init(x) for x in start))
-          return (dk, dv, new_s) if ahead else (dk, dv)
+          start = mosaic.ACC.init(dk), mosaic.ACC.init(dv)
+          return pl.run_state(products)((*start, mosaic.full((ROWS, block_q), 0.0)) if ahead else start)
 
         plgpu.barrier_wait(kv_full)
         carry = mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS, Dv), 0.0)
@@ -311,6 +473,12 @@ def backward(
       lax.fori_loop(0, count, one_item, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
 
+    if is_wide:
+      for role in range(NUM_WGS):
+        pl.when(warpgroup == role)(functools.partial(compute_role, role))
+    else:
+      pl.when(warpgroup < NUM_WGS)(compute_rows)
+
     @pl.when(warpgroup == NUM_WGS)
     def transfer():
       plgpu.set_max_registers(24, action="decrease")
@@ -325,12 +493,13 @@ def backward(
 
           @pl.loop(0, work.steps)
           def _(n):
-            head, tile = head_and_tile(work, n)
-            queries, at, is_used = pl.ds(tile * block_q, block_q), slot(done + n), done + n >= stages
-            pl.when(is_used)(lambda: plgpu.barrier_wait(q_empty.at[at]))
+            head, tile = walk.head_and_tile(work, n)
+            queries, at = pl.ds(tile * block_q, block_q), slot(done + n)
+            pl.when(done + n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[at]))
             plgpu.copy_gmem_to_smem(q_gmem.at[work.batch, queries, head], q_smem.at[at], q_full.at[at])
             plgpu.copy_gmem_to_smem(lse_gmem.at[work.batch, head, queries], lse_smem.at[at], q_full.at[at])
-            pl.when(is_used)(lambda: plgpu.barrier_wait(do_empty.at[at]))
+            at = do_slot(done + n)
+            pl.when(done + n >= do_stages)(lambda: plgpu.barrier_wait(do_empty.at[at]))
             plgpu.copy_gmem_to_smem(do_gmem.at[work.batch, queries, head], do_smem.at[at], do_full.at[at])
             plgpu.copy_gmem_to_smem(delta_gmem.at[work.batch, head, queries], delta_smem.at[at], do_full.at[at])
 
@@ -339,37 +508,35 @@ def backward(
         done = lax.fori_loop(0, count, one_item, jnp.int32(0))
         plgpu.barrier_wait(kv_empty)
 
-        @pl.loop(jnp.maximum(done - stages, 0), done)
-        def _(n):  # the interpreter wants every completion of a barrier observed
-          plgpu.barrier_wait(q_empty.at[slot(n)])
-          plgpu.barrier_wait(do_empty.at[slot(n)])
+        # The interpreter wants every completion of a barrier observed.
+        pl.loop(jnp.maximum(done - stages, 0), done)(lambda n: plgpu.barrier_wait(q_empty.at[slot(n)]))
+        pl.loop(jnp.maximum(done - do_stages, 0), done)(lambda n: plgpu.barrier_wait(do_empty.at[do_slot(n)]))
 
       def add(buffer):
-        """Adds every second tile of dQ."""
+        """Adds every second tile of dQ, or one part of each."""
+        part = buffer if is_wide else 0
+        columns = pl.ds(*parts[part])
 
         @pl.loop(0, count)
         def _(step):
           work = item(step)
 
-          @pl.loop(0, lax.div(work.steps - buffer + 1, jnp.int32(2)))
+          @pl.loop(0, work.steps if is_wide else lax.div(work.steps - buffer + 1, jnp.int32(2)))
           def _(i):
-            head, tile = head_and_tile(work, 2 * i + buffer)
-            queries, source = pl.ds(tile * block_q, block_q), dq_smem.at[buffer]
+            head, tile = walk.head_and_tile(work, i if is_wide else 2 * i + buffer)
+            queries = pl.ds(tile * block_q, block_q)
+            source = dq_parts[part] if is_wide else dq_smem.at[buffer]
             if is_interpreted:  # it has no additions and no counters: one array for each KV tile
               plgpu.barrier_wait(dq_full.at[buffer])
-              plgpu.copy_smem_to_gmem(source, dq_gmem.at[work.kv_tile, work.batch, head, queries])
+              plgpu.copy_smem_to_gmem(source, dq_gmem.at[work.kv_tile, work.batch, head, queries, columns])
               plgpu.wait_smem_to_gmem(0)
               plgpu.barrier_arrive(dq_empty.at[buffer])
               return
-            turn, target = turns.at[work.batch, head, pl.ds(tile, 1)], dq_gmem.at[work.batch, head, queries]
-            low, high = work.shared
-            rank, leads = work.rank, (tile < low) | (tile >= high)
-            if spread:  # from the KV tile that starts here or before, down and around
-              starts = lax.div((tile + 1) * kv_tiles - 1, jnp.int32(query_tiles))
-              rank = starts - work.kv_tile
-              rank = jnp.where(rank < 0, rank + kv_tiles, rank)
-              leads = rank == 0
-            follows = (low <= tile) & (tile < high) if not spread else rank > 0
+            turn, target = (
+              turns.at[part, work.batch, head, pl.ds(tile, 1)],
+              dq_gmem.at[work.batch, head, queries, columns],
+            )
+            rank, follows, leads = walk.turn(work, tile)
             pl.when(follows)(lambda: mosaic.wait_for(turn, rank))
             plgpu.barrier_wait(dq_full.at[buffer])
             pl.when(follows)(lambda: plgpu.copy_smem_to_gmem(source, target, reduction_op="add"))
@@ -389,7 +556,13 @@ def backward(
   visits, visited = _visits(p, operands, block_q, block_kv)
   ids = _segment_ids(operands, block_q, block_kv)
   query, key, value, d_out = _prepared(p, operands, d_out, D, Dv)
-  from_both, ring = plgpu.Barrier(num_arrivals=NUM_WGS), plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+  from_both = plgpu.Barrier(num_arrivals=NUM_WGS)
+  ring, do_ring = (plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in (stages, do_stages))
+  dk_tile, dv_tile = mosaic.smem((block_kv, D), dtype), mosaic.smem((block_kv, Dv), dtype)
+  if is_wide:
+    leaving = plgpu.RefUnion(*(mosaic.smem((block_q, n), jnp.float32) for _, n in parts), dk_tile, dv_tile)
+  else:
+    leaving = plgpu.RefUnion(mosaic.smem((2, block_q, D), jnp.float32), (dk_tile, dv_tile))
   call = plgpu.kernel(
     kernel,
     out_type=(
@@ -397,7 +570,7 @@ def backward(
       jax.ShapeDtypeStruct(key.shape, dtype),
       jax.ShapeDtypeStruct(value.shape, dtype),
     ),
-    grid=(items if schedule is None else len(schedule),),
+    grid=(walk.heads * kv_tiles if schedule is None else len(schedule),),
     grid_names=("block",),
     num_threads=NUM_WGS + 1,
     thread_name="wg",
@@ -405,27 +578,25 @@ def backward(
       mosaic.smem((stages, block_q, D), dtype),
       mosaic.smem((block_kv, D), dtype),
       mosaic.smem((block_kv, Dv), dtype),
-      mosaic.smem((stages, block_q, Dv), dtype),
+      mosaic.smem((do_stages, block_q, Dv), dtype),
       plgpu.SMEM((stages, block_q), jnp.float32),
-      plgpu.SMEM((stages, block_q), jnp.float32),
+      plgpu.SMEM((do_stages, block_q), jnp.float32),
       mosaic.smem((2, block_kv, block_q), dtype),
-      plgpu.RefUnion(
-        mosaic.smem((2, block_q, D), jnp.float32),
-        (mosaic.smem((block_kv, D), dtype), mosaic.smem((block_kv, Dv), dtype)),
-      ),
+      leaving,
       plgpu.Barrier(num_arrivals=2),
       from_both,
-      *(ring, ring, ring, ring),
-      plgpu.Barrier(num_arrivals=NUM_WGS, num_barriers=2),
+      *(ring, ring, do_ring, do_ring),
+      plgpu.Barrier(num_arrivals=1 if is_wide else NUM_WGS, num_barriers=2),
       plgpu.Barrier(num_barriers=2),
       from_both if is_interpreted else None,
+      plgpu.Barrier() if is_wide else None,
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     interpret=interpret,
   )
 
   def run(*arrays):
-    turns = None if is_interpreted else jax.new_ref(jnp.zeros((p.batch, H, query_tiles), jnp.int32))
+    turns = None if is_interpreted else jax.new_ref(jnp.zeros((len(parts), p.batch, H, query_tiles), jnp.int32))
     return call(*arrays, turns)
 
   table = None if schedule is None else jnp.asarray(schedule)

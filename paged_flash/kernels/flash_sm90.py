@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from paged_flash.kernels import flash_backward_sm90, flash_forward_sm90
 from paged_flash.kernels.problem import FlashGradients, FlashOperands, FlashProblem, Problem, is_hopper
 
-BACKWARD_DIMS = (32, 64, 96, 128)
-
 
 def supports(problem: Problem, stage: str = "forward") -> str:
   """Returns "" or why the kernel of a stage, "forward" or "backward", cannot serve the problem."""
@@ -28,8 +26,6 @@ def supports(problem: Problem, stage: str = "forward") -> str:
   for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):
     if size % 32 or not 32 <= size <= 256:
       return f"it wants {name} a multiple of 32 up to 256, not {size}"
-    if stage == "backward" and size not in BACKWARD_DIMS:
-      return f"its backward pass wants {name} up to 128, not {size}"
   return ""
 
 

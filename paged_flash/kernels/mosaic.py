@@ -7,7 +7,7 @@ JAX 0.11 lacks an instruction, `interpret` selects plain arithmetic with the sam
 import functools
 import heapq
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,15 +59,18 @@ def whole_groups(x: jax.Array) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)) + ((0, 0),) * (x.ndim - 2))
 
 
-def zero_rows(ref: Any, first: jax.Array, *, interpret: bool) -> None:
-  """Clears rows [first, end) of a tile [rows, columns] in shared memory; a whole warpgroup calls it."""
+def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, interpret: bool) -> None:
+  """Clears rows [first, end), and [0, before), of a tile [rows, columns] in shared memory; a warpgroup calls it."""
   if interpret:
-    ref[...] = jnp.where(jnp.arange(ref.shape[0])[:, None] < first, ref[...], 0)
+    row = jnp.arange(ref.shape[0])[:, None]
+    ref[...] = jnp.where((row < first) & (row >= (0 if before is None else before)), ref[...], 0)
     return
   swizzle = plgpu.find_swizzle(ref.shape[1] * 16)
 
-  @_inline(arg_types=(plgpu.RefType(_transforms(ref.shape, ref.dtype)), plgpu.Layout.WG_SPLAT))
-  def clear(_, ref, first):
+  ends = [first] if before is None else [first, before]
+
+  @_inline(arg_types=(plgpu.RefType(_transforms(ref.shape, ref.dtype)), *[plgpu.Layout.WG_SPLAT for _ in ends]))
+  def clear(_, ref, first, before=None):
     # Tiles of 8 rows lie one after the other, row by row; swizzling moves 16-byte pieces within a row only.
     i32, pieces = ir.IntegerType.get_signless(32), swizzle // 16
     constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
@@ -81,11 +84,14 @@ def zero_rows(ref: Any, first: jax.Array, *, interpret: bool) -> None:
       line = arith.divui(piece, constant(pieces))
       tile, row = arith.divui(line, constant(8)), arith.remui(line, constant(8))
       row = arith.addi(row, arith.muli(arith.divui(tile, constant(column_tiles)), constant(8)))
-      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sge, row, first.registers.item())):
+      outside = arith.cmpi(arith.CmpIPredicate.sge, row, first.registers.item())
+      if before is not None:
+        outside = arith.ori(outside, arith.cmpi(arith.CmpIPredicate.slt, row, before.registers.item()))
+      with mgpu.utils.when(outside):
         offset = arith.muli(piece, constant(16))
         llvm.store(quad, mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8)))
 
-  clear(ref, first)
+  clear(ref, *ends)
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
@@ -195,7 +201,7 @@ def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bo
       for element in range(2):
         x = vector.extract(register, dynamic_position=[], static_position=[element])
         x = llvm.intr_fma(x, scale, shifts[half])
-        values.append(mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=f32))
+        values.append(_exp2(x))
         chain = (index // 2 % 2) * 2 + element
         part = parts[half][chain]
         parts[half][chain] = values[-1] if part is None else arith.addf(part, values[-1])
@@ -219,10 +225,9 @@ def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
 
   @_inline(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
   def compute(_, x):
-    f32, out = ir.F32Type.get(), x.registers.copy()
+    out = x.registers.copy()
     for index, register in enumerate(x.registers.flat):
-      values = [vector.extract(register, dynamic_position=[], static_position=[i]) for i in range(2)]
-      values = [mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", v, result_types=f32) for v in values]
+      values = [_exp2(vector.extract(register, dynamic_position=[], static_position=[i])) for i in range(2)]
       out.flat[index] = vector.from_elements(register.type, values)
     return mgpu.FragmentedArray(_registers=out, _layout=x.layout, _is_signed=None)
 
@@ -277,6 +282,10 @@ def rescale(acc: jax.Array, alpha: jax.Array, *, interpret: bool) -> jax.Array:
   return lax.cond(any_below_one(alpha) != 0, lambda: acc * across(alpha, acc), lambda: acc)
 
 
+def _exp2(x: Any) -> Any:
+  return mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
+
+
 def _scalar(register: Any) -> Any:
   """The only element of a register."""
   return vector.extract(register, dynamic_position=[], static_position=[0])
@@ -285,6 +294,16 @@ def _scalar(register: Any) -> Any:
 def divide(a: Any, b: int) -> tuple[Any, Any]:
   """Quotient and remainder, for a >= 0; `a` may be traced."""
   return (lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))) if isinstance(a, jax.Array) else divmod(a, b)
+
+
+def num_multiprocessors() -> int:
+  """Of the GPU that is traced for; where there is none, those of an H100 or H200."""
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+  if device is None or isinstance(device, str):  # a string names a platform
+    device = jax.devices(device)[0]
+  if device.platform != "gpu":
+    return 132
+  return getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 132
 
 
 def deal(costs: Iterable[float], num_blocks: int) -> np.ndarray:
@@ -341,21 +360,26 @@ class Turn:
 
 
 def begin_scores(query: Any, key: Any) -> jax.Array:
-  """Issues query [64, D] @ key [N, D].T and returns the f32 result, which must be waited for (`plgpu.wgmma_wait`).
+  """`begin_matmul` of query [64, D], in registers or in shared memory, and key [N, D].T."""
+  return begin_matmul(query, key, transpose_rhs=True)
 
-  `plgpu.wgmma` adds to an accumulator, so a fresh product needs zeros: N / 2 registers to be cleared between the turn
-  and the first instruction. Here that instruction is told to ignore what the registers hold. `query` lies in registers
-  or in shared memory, `key` in shared memory.
+
+def begin_matmul(lhs: Any, rhs: Any, *, transpose_lhs: bool = False, transpose_rhs: bool = False) -> jax.Array:
+  """Issues lhs @ rhs [64, N] and returns the f32 result, which must be waited for (`plgpu.wgmma_wait`).
+
+  `plgpu.wgmma` adds to an accumulator, so a fresh product needs zeros: N / 2 registers to be cleared before the first
+  instruction. Here that instruction is told to ignore what the registers hold. `lhs` lies in registers or in shared
+  memory, `rhs` in shared memory.
   """
-  in_registers, key_columns = isinstance(query, jax.Array), key.shape[1]
-  shape = (query.shape[0], key.shape[0])
+  in_registers, columns = isinstance(lhs, jax.Array), rhs.shape[1]
+  shape = (lhs.shape[1 if transpose_lhs else 0], rhs.shape[0 if transpose_rhs else 1])
   as_ref = lambda x: plgpu.RefType(_transforms(x.shape, x.dtype))  # noqa: E731
 
   @_inline(
-    arg_types=(plgpu.Layout.WGMMA if in_registers else as_ref(query), as_ref(key)),
+    arg_types=(plgpu.Layout.WGMMA if in_registers else as_ref(lhs), as_ref(rhs)),
     return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),
   )
-  def issue(_, query, key):
+  def issue(_, lhs, rhs):
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
     any_value = llvm.UndefOp(ir.VectorType.get((1,), f32)).result
     layout = plgpu.Layout._WGMMA_ACC_32BIT.to_mgpu()
@@ -366,8 +390,9 @@ def begin_scores(query: Any, key: Any) -> jax.Array:
     ignore = mgpu.utils.c(0, i32)
     block = ir.InsertionPoint.current.block
     before = len(block.operations)
-    swizzle = plgpu.find_swizzle(key_columns * 16)
-    product = mgpu.wgmma(accumulator, query, mgpu.memref_transpose(key, (1, 0, 3, 2)), swizzle=swizzle)
+    turn = lambda x, is_turned: mgpu.memref_transpose(x, (1, 0, 3, 2)) if is_turned else x  # noqa: E731
+    swizzle = plgpu.find_swizzle(columns * 16)
+    product = mgpu.wgmma(accumulator, turn(lhs, transpose_lhs), turn(rhs, transpose_rhs), swizzle=swizzle)
     issued = [op for op in list(block.operations)[before:] if "asm_string" in op.attributes]
     first = next(op for op in issued if "wgmma.mma_async" in str(op.attributes["asm_string"]))
     # Its operands end with: whether to add, two signs, whether each operand in shared memory is transposed.
@@ -375,7 +400,7 @@ def begin_scores(query: Any, key: Any) -> jax.Array:
     mgpu.utils.inline_ptx("wgmma.commit_group.sync.aligned;", has_side_effects=True)
     return product.value
 
-  return issue(query, key)
+  return issue(lhs, rhs)
 
 
 def add_matmul(acc: jax.Array, lhs: jax.Array, rhs: Any, *, interpret: bool) -> jax.Array:
@@ -431,3 +456,105 @@ def signal(counter: Any, increment: jax.Array) -> None:
     semaphore.signal(increment.registers.item(), predicate=one, memory_scope="gpu")
 
   add(counter, increment)
+
+
+class Rows(NamedTuple):
+  """Where rows r < count of a wgmma tile lie in an array [X, D] in global memory; the others lie nowhere."""
+
+  first: Any
+  count: Any
+  group: int = 1  # rows that are `step` apart; their groups are `stride` apart
+  stride: int = 1
+  step: int = 1
+
+  def place(self, r: jax.Array) -> jax.Array:
+    """X of row r."""
+    return self.first + r // self.group * self.stride + r % self.group * self.step
+
+
+def _places(rows: Rows, first: Any, count: Any) -> list[tuple[Any, Any]]:
+  """(whether it lies somewhere, X as i64) for a thread's two rows of a wgmma tile."""
+  i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+  constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
+  thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+  warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
+  top = arith.addi(arith.muli(warp, constant(16)), arith.divui(lane, constant(4)))
+  places = []
+  for half in range(2):  # rows r and r + 8
+    row = arith.addi(top, constant(8 * half))
+    place = arith.addi(first, arith.muli(arith.divui(row, constant(rows.group)), constant(rows.stride)))
+    place = arith.addi(place, arith.muli(arith.remui(row, constant(rows.group)), constant(rows.step)))
+    places.append((arith.cmpi(arith.CmpIPredicate.slt, row, count), arith.extsi(i64, place)))
+  return places
+
+
+def _row_pointer(ref: Any, place: Any) -> Any:
+  """Address of this thread's first value in a row of `ref` [X, D], or of the row's value in `ref` [X]."""
+  i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+  memref = ir.MemRefType(ref.type)
+  if len(memref.shape) == 2:
+    place = arith.muli(place, mgpu.utils.c(memref.shape[1], i64))
+    pair = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
+    place = arith.addi(place, arith.extui(i64, arith.muli(pair, mgpu.utils.c(2, i32))))
+  return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], memref.element_type)
+
+
+def load_rows(ref: Any, rows: Rows, *, interpret: bool) -> jax.Array:
+  """[64, D] rows of `ref` [X, D], or [64] values of `ref` [X], in registers; 0 for rows that lie nowhere."""
+  shape = (64, *ref.shape[1:])
+  if interpret:
+    alive = jnp.arange(64) < rows.count
+    x = ref[...][jnp.where(alive, rows.place(jnp.arange(64)), 0)]
+    return jnp.where(alive[:, None] if x.ndim == 2 else alive, x, 0)
+  layout = plgpu.Layout.WGMMA if len(shape) == 2 else ROW
+  scalar = plgpu.Layout.WG_SPLAT
+
+  @_inline(
+    arg_types=(plgpu.RefType(), scalar, scalar),
+    return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
+  )
+  def load(_, ref, first, count):
+    first = first.registers.item()
+    places = _places(rows, first, count.registers.item())
+    i64, element = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type).element_type
+    safe = arith.extsi(i64, first)
+    width = len(shape)  # values of a register
+    vector_type = ir.VectorType.get((width,), element)
+    nothing = vector.broadcast(vector_type, mgpu.utils.c(0.0, element))
+    pointers = [_row_pointer(ref, arith.select(alive, place, safe)) for alive, place in places]
+    registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
+    for index in range(registers.size):
+      column, half = divmod(index, 2)  # 8 columns
+      value = llvm.load(vector_type, mgpu.utils.getelementptr(pointers[half], [8 * column], element))
+      registers.flat[index] = arith.select(places[half][0], value, nothing)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+  return load(ref, rows.first, rows.count)
+
+
+def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
+  """Writes [64, D] rows to `ref` [X, D], or [64] values to `ref` [X]."""
+  if interpret:
+
+    @pl.loop(0, rows.count)
+    def _(r):
+      ref[pl.ds(rows.place(r), 1)] = lax.dynamic_slice_in_dim(x, r, 1)
+
+    return
+  is_row, scalar = x.ndim == 1, plgpu.Layout.WG_SPLAT
+
+  @_inline(arg_types=(plgpu.RefType(), scalar, scalar, ROW if is_row else plgpu.Layout.WGMMA))
+  def store(_, ref, first, count, x):
+    i32, element = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type).element_type
+    places = _places(rows, first.registers.item(), count.registers.item())
+    lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.utils.c(0, i32))
+    for half, (alive, place) in enumerate(places):
+      if is_row:  # one value for each row, known to four lanes
+        alive = arith.andi(alive, is_first)
+      with mgpu.utils.when(alive):
+        pointer = _row_pointer(ref, place)
+        for group, register in enumerate(x.registers.flat[half::2]):
+          llvm.store(register, mgpu.utils.getelementptr(pointer, [8 * group], element))
+
+  store(ref, rows.first, rows.count, x)

@@ -37,6 +37,12 @@ CASES = {
   "lengths_self": (2, 77, 77, 1, 1, 64, {}, dict(is_causal=True, key_value_seq_lengths="kv_lens")),
   "sinks_cap": (1, 70, 130, 2, 2, 64, {}, dict(sinks="sinks", logits_soft_cap=3.0, scale=0.4)),
   "value_dim_64": (1, 130, 130, 1, 1, (128, 64), {}, dict(is_causal=True)),
+  "value_dim_256": (1, 70, 70, 1, 1, (32, 256), {}, {}),
+  "head_dim_192": (1, 100, 133, 2, 1, (192, 128), dict(num_wgs=1), dict(is_causal=True)),
+  "head_dim_160": (
+    *(2, 60, 70, 2, 1, 160, dict(num_wgs=1)),
+    dict(**LENS, is_causal=True, local_window_size=(36, 0), sinks="sinks", logits_soft_cap=5.0),
+  ),
   "everything": (
     *(2, 60, 150, 2, 1, (96, 32), {}),
     dict(
@@ -48,9 +54,6 @@ CASES = {
       logits_soft_cap=5.0,
     ),
   ),
-}
-FORWARD_ONLY = {
-  "value_dim_256": (1, 70, 70, 1, 1, (32, 256), {}, {}),
 }
 
 # (T, S), arguments
@@ -66,7 +69,7 @@ SCHEDULES = [
 
 def drawn(name: str) -> tuple[dict[str, Any], dict[str, int]]:
   """The arguments of `flash_attention` for a row of the tables, and the tiles of the forward kernel."""
-  *sizes, tiles, arguments = (CASES | FORWARD_ONLY)[name]
+  *sizes, tiles, arguments = CASES[name]
   call = cases.flash_call(name, {name: (*sizes, arguments)})
   if "sinks" in call:
     call["sinks"] += 5  # about the LSE: their gradient would be lost in rounding

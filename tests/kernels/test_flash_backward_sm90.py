@@ -1,14 +1,19 @@
 """The Hopper kernel's backward pass in the CPU interpreter, with its race detector."""
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from paged_flash.kernels import reference
 from paged_flash.kernels.arguments import flash_problem
-from paged_flash.kernels.flash_backward_sm90 import ITEM_COST, _schedule, backward
+from paged_flash.kernels.flash_backward_sm90 import ITEM_COST, _plan, _schedule, _visits, backward
 from paged_flash.kernels.problem import FlashOperands
 from tests.kernels import cases, mosaic_help
 from tests.kernels.mosaic_help import CASES, SCHEDULES
@@ -24,7 +29,7 @@ def interpreter():
 @pytest.mark.parametrize("name", CASES)
 def test_backward_is_the_definition(name):
   call, _ = mosaic_help.drawn(name)
-  is_wide = call["query"].shape[-1] > 64 or name == "window_pair"
+  is_wide = max(call["query"].shape[-1], call["value"].shape[-1]) > 64 or name == "window_pair"
   tiles = dict(block_q=64 if is_wide else 128, stages=2, num_blocks=2)
   problem, operands = flash_problem(**call)
   d_out, d_lse = cases.cotangents(call)
@@ -70,3 +75,78 @@ def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments, dir
 
   loads = [load(row) for row in rows]
   assert max(loads) - min(loads) <= max(cost)
+
+
+# name -> (B, T, S, H, K, block_kv, arguments)
+WALKS: dict[str, tuple[Any, ...]] = {
+  "causal": (2, 1000, 1000, 4, 4, 128, dict(is_causal=True)),
+  "causal_wide": (1, 700, 900, 4, 2, 64, dict(is_causal=True)),
+  "window": (2, 900, 700, 3, 3, 64, dict(local_window_size=(100, 30))),
+  "spread": (2, 640, 768, 6, 3, 128, {}),
+  "spread_wide": (1, 320, 320, 7, 7, 64, {}),
+  "ragged": (1, 500, 450, 2, 2, 128, {}),
+  "lengths": (4, 500, 400, 2, 1, 64, dict(query_seq_lengths="query_lens", key_value_seq_lengths="kv_lens")),
+}
+
+
+@pytest.mark.parametrize("num_blocks", [3, 13, 132])
+@pytest.mark.parametrize("name", WALKS)
+def test_blocks_that_run_together_never_wait_for_each_other_in_a_circle(name, num_blocks):
+  """At most `num_blocks` run, the first step of each that may go is taken at a time; every tile of dQ is added up."""
+  B, T, S, H, K, block_kv, arguments = WALKS[name]
+  call = cases.flash_call("walk", {"walk": (B, T, S, H, K, 8, arguments)})
+  problem, operands = flash_problem(**call)
+  walk, schedule = _plan(problem, 64, block_kv, num_blocks)
+  assert walk.spread == name.startswith("spread") or num_blocks < 132
+  visits, visited = _visits(problem, operands, 64, block_kv)
+  items = walk.heads * walk.kv_tiles
+  if schedule is None:
+    lists = [[item] for item in range(items)]  # the hardware starts blocks in their order
+  else:
+    assert len(schedule) <= num_blocks
+    lists = [row[1 : 1 + row[0]].tolist() for row in schedule]
+
+  def step(index, n):
+    work = walk.item(index, visits)
+    head, tile = walk.head_and_tile(work, n)
+    return work.batch, head, tile, *walk.turn(work, tile), work.steps
+
+  most = walk.group * walk.query_tiles
+  table = jax.vmap(jax.vmap(step, (None, 0)), (0, None))(jnp.arange(items), jnp.arange(most))
+  batch, head, tile, rank, follows, leads, steps = (np.asarray(x) for x in jax.jit(lambda x: x)(table))
+  todo = [[(item, n) for item in row for n in range(steps[item, 0])] for row in lists]
+  counter = np.zeros((B, H, walk.query_tiles), np.int32)
+  running, waiting = todo[:num_blocks], todo[num_blocks:]
+  while running:
+    is_stuck = True
+    for block in running:
+      at = block[0]
+      place = batch[at], head[at], tile[at]
+      assert follows[at] != leads[at] and counter[place] <= rank[at]
+      if leads[at] or counter[place] == rank[at]:
+        assert not leads[at] or counter[place] == 0
+        counter[place] = rank[at] + 1
+        block.pop(0)
+        is_stuck = False
+    assert not is_stuck
+    running = [block for block in running if block]
+    while waiting and len(running) < num_blocks:
+      running.append(waiting.pop(0))
+  assert ((counter > 0) == np.asarray(visited)[:, None]).all()
+
+
+@pytest.mark.parametrize("num_cores, asked", [(132, None), (114, None), (78, 132), (7, None)])
+@pytest.mark.parametrize("dims", [64, 256])
+def test_no_more_blocks_than_multiprocessors(monkeypatch, num_cores, asked, dims):
+  x, rows = jnp.zeros((2, 4096, 4, dims), jnp.bfloat16), jnp.zeros((2, 4, 4096))
+  device = AbstractDevice(device_kind="NVIDIA H20-3e", num_cores=num_cores, platform="gpu")
+  grids, make = [], plgpu.kernel
+  monkeypatch.setattr(
+    plgpu, "kernel", lambda *args, grid, **kwargs: grids.append(grid) or make(*args, grid=grid, **kwargs)
+  )
+  for is_causal in (False, True):
+    problem, operands = flash_problem(x, x, x, is_causal=is_causal)
+    run = functools.partial(backward, problem, block_q=64, stages=2, num_blocks=asked)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+      jax.eval_shape(run, operands, x, rows, x, rows)
+  assert len(grids) == 2 and all(num_cores / 2 < blocks <= num_cores for (blocks,) in grids)

@@ -11,7 +11,7 @@ from paged_flash.kernels.arguments import flash_problem
 from paged_flash.kernels.flash_forward_sm90 import ITEM_COST, Order, forward, make_schedule
 from paged_flash.kernels.problem import FlashOperands
 from tests.kernels import mosaic_help, oracle
-from tests.kernels.mosaic_help import CASES, FORWARD_ONLY, SCHEDULES
+from tests.kernels.mosaic_help import CASES, SCHEDULES
 from tests.tolerances import assert_close
 
 
@@ -21,7 +21,7 @@ def interpreter():
     yield
 
 
-@pytest.mark.parametrize("name", CASES | FORWARD_ONLY)
+@pytest.mark.parametrize("name", CASES)
 def test_forward_is_the_oracle(name):
   call, tiles = mosaic_help.drawn(name)
   problem, operands = flash_problem(**mosaic_help.dirty(call)[0])
@@ -34,7 +34,7 @@ def test_forward_is_the_oracle(name):
   assert_close(out, want_out)
   assert_close(lse.swapaxes(1, 2), want_lse)
   dead = want_lse == -np.inf
-  assert dead.any() == (name in ("causal_more_queries", "lengths", "everything"))
+  assert dead.any() == (name in ("causal_more_queries", "lengths", "head_dim_160", "everything"))
   assert not out[dead].any()
 
 

@@ -1,0 +1,226 @@
+"""The Hopper kernels of paged attention: in the CPU interpreter with its race detector, and lowered for an H200."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged_flash as pf
+from paged_flash.kernels import paged_decode_sm90, paged_sm90
+from paged_flash.kernels.arguments import flash_problem, paged_problem
+from tests.kernels import cases, mosaic_help, oracle
+from tests.kernels.test_arguments import pretend
+from tests.tolerances import assert_close
+
+TILES = dict(lanes=2, block_kv=64, stages=2, num_blocks=3)
+SINKS = np.arange(7, dtype=np.float32) - 3
+SPECULATIVE: dict[str, Any] = dict(
+  kv_lens=[9, 200, 0, 16, 65], query_lens=[4, 1, 0, 2, 3], num_tokens=12, max_query_len=4
+)
+
+# name -> (arguments of `cases.paged_call`, tiles). Heads are (H, K, D).
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+  "page16_gqa3": (dict(kv_lens=[1, 0, 48, 280], heads=(6, 2, 64), page_size=16, pages_per_slot=18), {}),
+  "page8_gqa7_everything": (
+    dict(heads=(7, 1, 64), page_size=8, pages_per_slot=30)
+    | SPECULATIVE
+    | dict(local_window_size=70, sinks=SINKS, logits_soft_cap=2.0, scale=0.3),
+    {},
+  ),
+  "page64_mha_f16": (
+    dict(kv_lens=[64, 130], heads=(2, 2, 128), page_size=64, pages_per_slot=3, sinks=SINKS[2:4]),
+    dict(stages=3),
+  ),
+  "page128_window": (
+    dict(kv_lens=[1, 128, 300], heads=(8, 1, 64), page_size=128, pages_per_slot=3, local_window_size=9),
+    dict(lanes=1),
+  ),
+  "page32_block128": (SPECULATIVE | dict(heads=(2, 1, 64), page_size=32, pages_per_slot=8), dict(block_kv=128)),
+  "page256_dim256": (dict(kv_lens=[100, 257], heads=(2, 1, 256), page_size=256, pages_per_slot=2), dict(lanes=1)),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+  """Chunks of two tiles, and of more where a sequence would have more than four."""
+  monkeypatch.setattr(paged_decode_sm90, "CHUNK", 128)
+  monkeypatch.setattr(paged_decode_sm90, "ENOUGH_ITEMS", 4)
+
+
+def attend(call: dict[str, Any], dtype: Any = jnp.bfloat16, **tiles: int) -> tuple[np.ndarray, np.ndarray]:
+  rounded: dict[str, Any] = {x: np.asarray(jnp.asarray(call[x], dtype)) for x in ("query", "k_pages", "v_pages")}
+  problem, operands = paged_problem(**call | rounded)
+  with mosaic_help.interpreter():
+    return mosaic_help.interpreted(
+      lambda operands, interpret: paged_sm90.paged_forward(problem, operands, interpret=interpret, **TILES | tiles),
+      operands,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_oracle(name):
+  arguments, tiles = CASES[name]
+  call = cases.paged_call(**arguments)
+  dtype = jnp.float16 if name.endswith("f16") else jnp.bfloat16
+  out, lse = attend(call, dtype, **tiles)
+  for field in ("query", "k_pages", "v_pages"):
+    call[field] = np.asarray(jnp.asarray(call[field], dtype), np.float32)
+  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
+  assert_close(out, want_out)
+  assert_close(lse, want_lse)
+  assert (out[want_lse == -np.inf] == 0).all()
+
+
+def test_neither_the_batch_nor_where_pages_lie_matter():
+  """Bit for bit, several chunks long; and pages before a window, like all that no token owns, may be NaN."""
+  arguments: dict[str, Any] = dict(heads=(4, 1, 64), page_size=16, local_window_size=200)
+  together = cases.paged_call(kv_lens=[20, 300, 70], pages_per_slot=20, **arguments)
+  gone = together["pages"][1, : (299 - 200) // 16]
+  together["k_pages"][gone] = together["v_pages"][gone] = np.nan
+  out, lse = attend(together)
+  alone = dict(together, query=together["query"][1:2], kv_lens=together["kv_lens"][1:2])
+  for field in ("k_pages", "v_pages"):
+    alone[field] = together[field][np.clip(together["pages"][1], 0, None)]
+  alone["pages"] = np.arange(20, dtype=np.int32)[None]
+  out_alone, lse_alone = attend(alone, num_blocks=5)
+  assert (out_alone[0] == out[1]).all() and (lse_alone[0] == lse[1]).all()
+  assert np.isfinite(out.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 511, 512, 513, 8192, 40_000, 131_072])
+def test_chunks_depend_on_the_length_alone_and_are_few(tokens, monkeypatch):
+  monkeypatch.undo()
+  short, long = (problem_of(pages_per_slot=pages, num_heads=32, num_kv_heads=8) for pages in (2**13, 2**20))
+  tiles = -(-tokens // 64)
+  sizes = [int(paged_decode_sm90.make_chunks(problem, 64).size(tiles)) for problem in (short, long)]
+  assert sizes[0] == sizes[1] >= 512 // 64
+  assert -(-tiles // sizes[0]) <= 32
+  assert sizes[0] == 512 // 64 or -(-tiles // (sizes[0] // 2)) > 32
+
+
+# --- what is supported ------------------------------------------------------------------------------------------------
+
+
+def problem_of(page_size=16, dim=64, dtype=jnp.bfloat16, kv_dtype=None, device="nvidia_h200", scale=0.1, **changes):
+  pages = jnp.zeros((2, page_size, 1, dim), kv_dtype or dtype)
+  scales: dict[str, Any] = (
+    {} if kv_dtype is None else dict(k_scales=jnp.ones(pages.shape[:3]), v_scales=jnp.ones(pages.shape[:3]))
+  )
+  table, lens = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+  problem, _ = paged_problem(jnp.zeros((1, 4, dim), dtype), pages, pages, table, lens, scale=scale, **scales)
+  return dataclasses.replace(problem, device=device, **changes)
+
+
+@pytest.mark.parametrize(
+  "problem, reason",
+  [
+    (problem_of(), ""),
+    (problem_of(256, 256, jnp.float16, max_query_len=16), ""),
+    (problem_of(8, 128, window=100, soft_cap=3.0, has_sinks=True), ""),
+    (problem_of(device="cpu"), "it runs on Hopper GPUs such as the H200, not on cpu"),
+    (problem_of(dtype=jnp.float32), "it takes bfloat16 and float16, not float32"),
+    (problem_of(kv_dtype=jnp.int8), "it takes pages of the query's dtype, not of int8"),
+    (problem_of(scale=-1.0), "it wants a positive scale, not -1.0"),
+    (problem_of(dim=96), "it wants head_dim 64, 128 or 256, not 96"),
+    (problem_of(4), "it wants a page_size that is a power of two from 8 to 256, not 4"),
+    (problem_of(24), "it wants a page_size that is a power of two from 8 to 256, not 24"),
+    (problem_of(num_heads=65), "it wants at most 64 query heads for each KV head, not 65"),
+    (problem_of(max_query_len=17), "it wants max_query_len up to 16 with these heads, not 17"),
+  ],
+)
+def test_supports_says_why_not(problem, reason):
+  assert paged_sm90.supports(problem) == reason
+
+
+def test_flash_attention_is_not_supported():
+  x = jnp.zeros((1, 4, 2, 64), jnp.bfloat16)
+  assert paged_sm90.supports(flash_problem(x, x, x)[0]) == "it serves paged_attention only"
+
+
+# --- lowering ---------------------------------------------------------------------------------------------------------
+
+# name -> (B, P, page_size, H, K, D, query tokens, arguments)
+CONFIGURATIONS: dict[str, tuple[Any, ...]] = {
+  f"page{page}-{dim}": (64, 4096 // page, page, 32, 8, dim, 1, {})
+  for page in (8, 16, 32, 64, 128, 256)
+  for dim in (64, 128, 256)
+  if dim == 128 or page == 16
+}
+CONFIGURATIONS |= {
+  "short": (64, 16, 16, 32, 8, 128, 1, {}),
+  "long": (1, 8192, 16, 32, 8, 128, 1, {}),
+  "mha": (64, 256, 16, 32, 32, 128, 1, {}),
+  "9-3-64": (256, 64, 16, 9, 3, 64, 1, {}),
+  "group7-window": (8, 256, 16, 28, 4, 128, 1, dict(local_window_size=1000)),
+  "everything": (
+    *(8, 256, 8, 32, 8, 128, 4),
+    dict(local_window_size=1000, logits_soft_cap=30.0, sinks=jax.ShapeDtypeStruct((32,), jnp.float32)),
+  ),
+  "everything-256": (8, 64, 64, 4, 4, 256, 16, dict(local_window_size=300, logits_soft_cap=30.0)),
+}
+
+
+def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, arguments, num_pages=None):
+  """The arrays of a call, shapes only, and its other arguments; the pool is three times what is needed."""
+  struct = jax.ShapeDtypeStruct
+  pool = struct((num_pages or 3 * batch * pages_per_slot, page_size, kv_heads, dim), jnp.bfloat16)
+  arrays = dict(
+    query=struct((batch * tokens, heads, dim), jnp.bfloat16),
+    k_pages=pool,
+    v_pages=pool,
+    pages=struct((batch, pages_per_slot), jnp.int32),
+    kv_lens=struct((batch,), jnp.int32),
+  )
+  if tokens > 1:
+    arrays["query_starts"] = struct((batch + 1,), jnp.int32)
+  arrays |= {name: x for name, x in arguments.items() if isinstance(x, struct)}
+  return arrays, dict(max_query_len=tokens) | {name: x for name, x in arguments.items() if not isinstance(x, struct)}
+
+
+def lowered(arrays, options) -> str:
+  def run(arrays):
+    assert "\n  runs sm90, lanes=" in pf.explain(pf.paged_attention, **arrays, **options)
+    return pf.paged_attention(**arrays, **options, return_residual=True)
+
+  return mosaic_help.lowered(run, arrays)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_lowering(name, monkeypatch):
+  monkeypatch.undo()
+  arrays, options = shapes(*CONFIGURATIONS[name])
+  text = lowered(arrays, options)
+  assert mosaic_help.count_kernels(text) == (1 if name in ("short", "everything-256") else 2)  # one chunk, or more
+  assert mosaic_help.largest_array(text) == arrays["k_pages"].size
+
+
+def test_a_pool_of_more_than_2_31_elements_lowers(monkeypatch):
+  monkeypatch.undo()
+  arrays, options = shapes(*CONFIGURATIONS["page16-128"], num_pages=2**20)
+  assert arrays["k_pages"].size > 2**31
+  assert mosaic_help.count_kernels(lowered(arrays, options)) == 2
+
+
+def test_a_mapped_axis_lowers(monkeypatch):
+  monkeypatch.undo()
+  arrays, options = shapes(*CONFIGURATIONS["short"])
+  queries = jax.ShapeDtypeStruct((3, *arrays["query"].shape), jnp.bfloat16)
+
+  def run(queries, arrays):
+    return jax.vmap(lambda query: pf.paged_attention(**arrays | {"query": query}, **options))(queries)
+
+  assert mosaic_help.count_kernels(mosaic_help.lowered(run, queries, arrays)) == 1
+
+
+def test_a_call_that_is_not_supported_takes_xla_or_says_why_not(monkeypatch):
+  arrays, options = shapes(8, 256, 4, 32, 8, 128, 1, {})
+  why = "it wants a page_size that is a power of two from 8 to 256, not 4"
+  with pretend("NVIDIA H200"):
+    text = []
+    jax.eval_shape(lambda arrays: text.append(pf.explain(pf.paged_attention, **arrays, **options)), arrays)
+    assert "  runs xla, " in text[0] and f"  sm90: {why}" in text[0]
+    with pytest.raises(ValueError, match=f"'sm90' does not support this call: {why}"):
+      jax.eval_shape(lambda arrays: pf.paged_attention(**arrays, **options, implementation="sm90"), arrays)

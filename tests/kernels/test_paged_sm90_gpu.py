@@ -1,0 +1,158 @@
+"""The Hopper kernels of paged attention on a GPU: what the definition gives in float32, and the same every time."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged_flash as pf
+from paged_flash.kernels import reference
+from paged_flash.kernels.arguments import paged_problem, target
+from paged_flash.kernels.problem import is_hopper
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.gpu
+
+
+class Case(NamedTuple):
+  """Lengths, (H, K, D), page size, static arguments; query tokens of each sequence if not one."""
+
+  kv_lens: list[int]
+  heads: tuple[int, int, int]
+  page_size: int = 16
+  options: dict[str, Any] = {}
+  query_lens: list[int] | None = None
+  dtype: str = "bfloat16"
+
+
+LENS = [1, 54, 97, 512, 513, 2048, 0, 5000, 16384]
+EVERYTHING = dict(local_window_size=1000, logits_soft_cap=30.0, sinks="sinks")
+CASES = {f"page{page}": Case(LENS, (8, 2, 128), page) for page in (8, 16, 32, 64, 128, 256)}
+CASES |= {f"page{page}-{dim}": Case(LENS, (8, 2, dim), page) for dim in (64, 256) for page in (8, 64, 256)}
+CASES |= {f"group{group}": Case(LENS, (2 * group, 2, 64), dtype="float16") for group in (1, 3, 7, 8, 20, 64)}
+CASES |= {f"window-{dim}": Case(LENS, (8, 2, dim), options=dict(local_window_size=300)) for dim in (64, 128, 256)}
+CASES |= {
+  "everything": Case(LENS, (8, 2, 128), 8, EVERYTHING, [1, 4, 2, 8, 0, 3, 0, 16, 1]),
+  "speculative-256": Case(LENS, (4, 4, 256), 32, {}, [1, 54, 64, 8, 0, 3, 0, 16, 1]),
+  "cap1": Case(LENS, (8, 2, 64), options=dict(logits_soft_cap=1.0)),
+  "many": Case(LENS * 30, (9, 3, 64)),
+  "long": Case([100_000] + [100] * 30, (8, 2, 128)),
+}
+
+
+@pytest.fixture(autouse=True)
+def needs_hopper():
+  if not is_hopper(target()):
+    pytest.skip(f"needs a Hopper GPU, not {target()}")
+
+
+def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(arrays, static arguments) of a call: scattered pages of a pool twice as large, NaN wherever no token lies."""
+  rng = np.random.default_rng(seed)
+  num_heads, num_kv_heads, head_dim = case.heads
+  batch, size = len(case.kv_lens), case.page_size
+  pages_per_slot = -(-max(case.kv_lens) // size)
+  counts = [-(-n // size) for n in case.kv_lens]
+  num_pages = 2 * sum(counts)
+  free = rng.permutation(num_pages)
+  pages = rng.choice([-1, 2**30], (batch, pages_per_slot)).astype(np.int32)
+  owned = np.zeros((num_pages, size), bool)
+  for b, (kv_len, count) in enumerate(zip(case.kv_lens, counts, strict=True)):
+    pages[b, :count], free = free[:count], free[count:]
+    for page, left in zip(pages[b, :count], range(kv_len, 0, -size), strict=True):
+      owned[page, :left] = True
+  key = jax.random.key(seed)
+  pools = (jax.random.normal(k, (num_pages, size, num_kv_heads, head_dim), case.dtype) for k in jax.random.split(key))
+  k_pages, v_pages = (jnp.where(owned[..., None, None], pool, jnp.nan).astype(case.dtype) for pool in pools)
+  query_lens = case.query_lens or [1] * batch
+  tokens = sum(query_lens) + (3 if case.query_lens else 0)
+  query = jnp.asarray(rng.standard_normal((tokens, num_heads, head_dim), np.float32), case.dtype)
+  lens = jnp.asarray(case.kv_lens, jnp.int32)
+  arrays = dict(query=query, k_pages=k_pages, v_pages=v_pages, pages=jnp.asarray(pages), kv_lens=lens)
+  options = dict(max_query_len=max(query_lens)) | case.options
+  if case.query_lens:
+    arrays["query_starts"] = jnp.asarray(np.cumsum([0, *query_lens]), jnp.int32)
+  if options.pop("sinks", None):
+    arrays["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
+  return arrays, options
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def ours(options: tuple, arrays: dict[str, Any]):
+  return pf.paged_attention(**arrays, **dict(options), return_residual=True, implementation="sm90")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def wanted(options: tuple, arrays: dict[str, Any]):
+  """The definition in float32."""
+  wide = {name: x if x.dtype == jnp.int32 else x.astype(jnp.float32) for name, x in arrays.items()}
+  with jax.default_matmul_precision("highest"):
+    return reference.paged_forward(*paged_problem(**wide, **dict(options)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_definition(name):
+  arrays, options = drawn(CASES[name])
+  options = tuple(options.items())
+  (out, lse), again = ours(options, arrays), ours(options, arrays)
+  assert (out == again[0]).all() and (lse == again[1]).all()
+  limit = 200_000 // max(CASES[name].kv_lens)  # the definition gathers every page
+  if "query_starts" in arrays:
+    want_out, want_lse = wanted(options, arrays)
+  else:
+    some = arrays | {field: arrays[field][:limit] for field in ("query", "pages", "kv_lens")}
+    want_out, want_lse = wanted(options, some)
+    out, lse = out[:limit], lse[:limit]
+  assert_close(out, want_out.astype(out.dtype))
+  assert_close(lse, want_lse, factor=4)
+  assert (np.asarray(out)[np.asarray(want_lse) == -np.inf] == 0).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_sequence_does_not_depend_on_its_batch(dim):
+  arrays, options = drawn(Case(LENS, (8, 2, dim)))
+  options = tuple(options.items())
+  out, lse = ours(options, arrays)
+  for b in (3, 7, 8):
+    alone = arrays | {field: arrays[field][b : b + 1] for field in ("query", "pages", "kv_lens")}
+    out_alone, lse_alone = ours(options, alone)
+    assert (out_alone[0] == out[b]).all() and (lse_alone[0] == lse[b]).all()
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+def test_where_pages_lie_makes_no_difference(page_size):
+  arrays, options = drawn(Case([3000, 100, 700], (8, 2, 128), page_size))
+  options = tuple(options.items())
+  ids = arrays["pages"].clip(0, arrays["k_pages"].shape[0] - 1)
+  in_order = arrays | {field: arrays[field][ids.ravel()] for field in ("k_pages", "v_pages")}
+  in_order["pages"] = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
+  for x, y in zip(ours(options, arrays), ours(options, in_order), strict=True):
+    assert (x == y).all()
+
+
+def test_a_pool_of_more_than_2_31_elements():
+  """The pages in use are the last ones."""
+  small, options = drawn(Case([3000, 100, 700], (8, 8, 128)))
+  options = tuple(options.items())
+  pad = 2**31 // small["k_pages"][0].size
+  big = {field: jnp.pad(small[field], ((pad, 0), (0, 0), (0, 0), (0, 0))) for field in ("k_pages", "v_pages")}
+  for x, y in zip(ours(options, small), ours(options, small | big | {"pages": small["pages"] + pad}), strict=True):
+    assert (x == y).all()
+
+
+def test_ten_thousand_repeats():
+  arrays, options = drawn(Case(LENS[:6], (8, 2, 128)))
+  options = tuple(options.items())
+  first = ours(options, arrays)
+
+  @jax.jit
+  def count(differences, arrays, first):
+    return differences + sum((x != y).sum() for x, y in zip(ours(options, arrays), first, strict=True))
+
+  differences = jnp.int32(0)
+  for _ in range(10_000):
+    differences = count(differences, arrays, first)
+  assert differences == 0
