@@ -1,108 +1,95 @@
-"""What pages save: the lengths of a real trace, served by the real scheduler, against contiguous reservation.
+"""Who has the KV memory: one trace of request lengths, through the real scheduler and through contiguous reservations.
 
     python -m experiments.memory --config=configs/memory/azure.py --config.trace=FILE.csv
 
-Prints and records the share of held memory that holds no token, over all steps of the run: in pages, and where every
-running request holds a contiguous reservation of the longest request, as caches without pages do.
+All requests are there from the start and run in order, which gives the memory of a loaded server without waiting for
+one. Prints and records how the memory is divided for each allocator, and draws it.
 """
 
-import csv
 import dataclasses
-import pathlib
 
 import numpy as np
 import pandas as pd
 
+from paged_flash.analysis import Trace, read_trace, show_memory_split, show_page_sizes, synthetic
 from paged_flash.experiment import Workdir, main, write_result
-from paged_flash.simulator import Timeline, simulate
+from paged_flash.simulator import Contiguous, Paged, Served, simulate
 
 
 @dataclasses.dataclass(kw_only=True)
 class Config:
-  trace: str = ""  # CSV with columns ContextTokens and GeneratedTokens; "" draws lengths at random
-  num_requests: int = 0  # the first of the trace; 0 for all. Of random lengths, how many
-  max_random: int = 100  # the longest random prompt and output
+  trace: str = ""  # a file that `analysis.read_trace` knows; "" draws lengths
+  synthetic: tuple[str, ...] = ("sharegpt",)  # what to draw (`analysis.synthetic`), where there is no trace
+  num_requests: int = 0  # the first of the trace, or how many to draw; 0 for all of the trace
   page_sizes: tuple[int, ...] = (16,)
+  reserve: tuple[str, ...] = ("max", "pow2", "oracle")  # the contiguous allocators
+  max_seq_len: int = 0  # of the model, what "max" reserves; 0 for the longest request
   num_slots: int = 256
-  num_tokens: int = 262_144  # of the pool
+  num_tokens: int = 262_144  # of memory
   token_budget: int = 2048
+  paper_used: tuple[float, ...] = ()  # to print beside ours: share that holds tokens, of `reserve` and of pages
   result: str = ""  # name under experiments/results/memory/<device>/ to write to; "" writes none
 
 
-def lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
-  """Prompt and output lengths, [R] each.
-
-  Raises:
-    ValueError: the trace is not there, or not such a file.
-  """
-  if not config.trace:
-    rng = np.random.default_rng(0)
-    prompts, outputs = rng.integers(1, config.max_random, (2, config.num_requests or 50))
-    return prompts, outputs
-  path = pathlib.Path(config.trace)
-  if not path.is_file():
-    raise ValueError(f"config.trace must be a CSV file, got {config.trace!r}")
-  with path.open(newline="") as file:
-    header = next(csv.reader(file), [])
-  wanted = ["ContextTokens", "GeneratedTokens"]
-  if not set(wanted) <= set(header):
-    raise ValueError(f"config.trace must have columns {wanted}, got {header[:8]}")
-  rows = pd.read_csv(path, usecols=wanted)
-  prompts, outputs = (np.asarray(rows[name])[: config.num_requests or None] for name in wanted)
-  return prompts, np.maximum(outputs, 1)
+def traces(config: Config) -> list[Trace]:
+  """The configured trace, or the synthetic ones."""
+  if config.trace:
+    return [read_trace(config.trace).first(config.num_requests)]
+  count, longest = config.num_requests or 1000, config.max_seq_len or 2048
+  return [synthetic(name, count, max_seq_len=longest) for name in config.synthetic]
 
 
-def row(timeline: Timeline, page_size: int) -> dict:
-  """Memory of one run, in tokens, averaged over its steps; and what contiguous reservation would hold for it."""
-  longest = int(timeline.final.max())
+def row(trace: Trace, allocator: str, page_size: int, served: Served) -> dict:
+  """One run: shares of all memory while requests waited, and the means over all steps."""
   return dict(
+    trace=trace.name,
+    allocator=allocator,
     page_size=page_size,
-    requests=timeline.final.size,
-    steps=timeline.pages.size,
-    mean_running=float(timeline.running.mean()),
-    preemptions=int(timeline.preempted.sum()),
-    mean_tokens=float(timeline.tokens.mean()),
-    paged_held=float(timeline.pages.mean() * page_size),
-    paged_waste=timeline.waste(page_size),
-    reserved_per_request=longest,
-    contiguous_held=float(timeline.running.mean() * longest),
-    contiguous_waste=1 - float(timeline.tokens.sum() / (timeline.running.sum() * longest)),
+    requests=trace.prompt_lens.size,
+    steps=served.num_steps,
+    mean_running=float(served.mean.running),
+    loaded_running=float(served.mean_queued.running),
+    preemptions=int(served.preemptions.sum()),
+    waste=served.waste,
+    **served.split(),
   )
 
 
 def run(config: Config, workdir: Workdir) -> list[dict]:
-  prompts, outputs = lengths(config)
-  print(
-    f"{prompts.size} requests: prompt mean {prompts.mean():.0f}, output mean {outputs.mean():.0f}, "
-    f"longest {(prompts + outputs).max()} tokens; pool of {config.num_tokens:,} tokens, {config.num_slots} slots"
-  )
   rows = []
-  for page_size in config.page_sizes:
-    timeline = simulate(
-      prompts,
-      outputs,
-      num_slots=config.num_slots,
-      num_pages=config.num_tokens // page_size,
-      page_size=page_size,
-      token_budget=config.token_budget,
-      progress=True,
-    )
-    rows.append(row(timeline, page_size))
-    workdir.log(**rows[-1])
-  table = pd.DataFrame(rows)
-  print(table.T.to_string(header=False, float_format=lambda x: f"{x:,.4g}"))
-  for r in rows:
+  for trace in traces(config):
+    lens = trace.prompt_lens + trace.output_lens
     print(
-      f"page size {r['page_size']}: {r['paged_waste']:.2%} of the held memory is wasted in pages, "
-      f"{r['contiguous_waste']:.2%} by contiguous reservation of {r['reserved_per_request']:,} tokens"
+      f"{trace.name}: {lens.size} requests, prompt mean {trace.prompt_lens.mean():.0f}, output mean "
+      f"{trace.output_lens.mean():.0f}, longest {lens.max()} tokens; memory of {config.num_tokens:,} tokens"
     )
-  if config.result:
-    source = pathlib.Path(config.trace).name or "random"
-    print(
-      write_result(
-        "memory", rows, name=config.result, trace=source, config=dataclasses.asdict(config) | dict(trace=source)
+    longest = config.max_seq_len or int(lens.max())
+    memories: dict[str, Paged | Contiguous] = {
+      how: Contiguous(num_tokens=config.num_tokens, reserve=how, max_seq_len=longest) for how in config.reserve
+    }
+    for size in config.page_sizes:
+      memories[f"paged {size}"] = Paged(num_pages=config.num_tokens // size, page_size=size)
+    for allocator, memory in memories.items():
+      served = simulate(
+        trace.prompt_lens,
+        trace.output_lens,
+        memory=memory,
+        num_slots=config.num_slots,
+        token_budget=config.token_budget,
       )
-    )
+      rows.append(row(trace, allocator, memory.page_size if isinstance(memory, Paged) else 0, served))
+      workdir.log(**{key: None if isinstance(v, float) and np.isnan(v) else v for key, v in rows[-1].items()})
+  for ours, theirs in zip(rows, config.paper_used, strict=False):
+    ours["paper_used"] = theirs
+  table = pd.DataFrame(rows).drop(columns=["requests", "page_size"])
+  print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}" if x >= 1 else f"{x:.2%}"))
+  if config.reserve:
+    workdir.save_figure("split.png", show_memory_split([r for r in rows if r["trace"] == rows[0]["trace"]]))
+  if len(config.page_sizes) > 1:
+    workdir.save_figure("page_sizes.png", show_page_sizes(rows))
+  if config.result:
+    recorded = dataclasses.asdict(config) | dict(trace=rows[0]["trace"])
+    print(write_result("memory", rows, name=config.result, config=recorded))
   return rows
 
 

@@ -31,7 +31,10 @@ from paged_flash.analysis import (
   show_attention_memory,
   show_attention_sweep,
   show_attention_traffic,
+  show_memory_split,
   show_occupancy,
+  show_page_sizes,
+  show_rates,
 )
 from paged_flash.analysis.pictures import Picture
 
@@ -46,6 +49,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "attention_sweep": lambda result: show_attention_sweep(result["timings"], matmul_flops=result["matmul_flops"]),
   "attention_memory": lambda result: show_attention_memory(result["rows"]),
   "attention_traffic": lambda result: show_attention_traffic(result["rows"]),
+  # The results of experiments.memory and experiments.simulate.
+  "memory_split": lambda result: show_memory_split(result["rows"]),
+  "page_sizes": lambda result: show_page_sizes(result["rows"]),
+  "rates": lambda result: show_rates(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 

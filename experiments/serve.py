@@ -11,7 +11,6 @@ requests in every step: one that reserves `max_seq_len` tokens for each, and one
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import sys
 import time
@@ -41,7 +40,6 @@ class Config:
   system: str = ""  # the system prompt that all requests of mtbench share; "" for the model's own
   prompt_lens: tuple[int, int] = (16, 256)  # of synthetic: uniform in between, tokens at random
   seed: int = 0  # of synthetic
-  share_prefix: bool = True
   driver: str = "host"  # one step a dispatch; "device" for many
   result: str = ""  # name under experiments/results/serve/<device>/ to write to; "" writes none
 
@@ -92,13 +90,12 @@ def serve(config: Config, workdir: Workdir, watch: Callable[[list[Request]], Vie
   compile_s = time.perf_counter() - clock
   print(f"{compile_s:.1f} s")
 
-  good, state = [], engine.init()
+  good = []
   for request in requests:
     try:
-      good.append((request, engine.check(engine.encode(request.prompt), request.params, state)))
+      good.append((request, engine.check(engine.encode(request.prompt), request.params)))
     except ValueError as error:
       print(f"{request.label}: {error}", file=sys.stderr)
-  del state  # its pool
   if not good:
     sys.exit(f"{config.workload}: no request could be served")
 
@@ -108,13 +105,11 @@ def serve(config: Config, workdir: Workdir, watch: Callable[[list[Request]], Vie
   def on_events(events: Events) -> None:
     records.append(dict(step=len(records) + 1, seconds=time.perf_counter() - clock) | record(engine, encoded, events))
     for index in (*(event.request for event in events if event.done), *events.ended):
-      if index < len(good):  # the shared prefix comes after them
-        view.end(index)
+      view.end(index)
 
   completions = engine.complete(
     encoded,
     driver=config.driver,
-    share_prefix=config.share_prefix,
     progress=True,
     on_text=view.text,
     on_events=on_events,
@@ -189,27 +184,26 @@ def record(engine: Engine, requests: Sequence[tuple[list[int], Params]], events:
   Args:
     engine: gives the sizes.
     requests: prompt ids and parameters of all that is served.
-    events: of the step; the shared prefix has the index after the last request's.
+    events: of the step.
   """
-  slots = [index if index < len(requests) else -1 for index in events.running]
-  runs = [requests[index] for index in slots if index >= 0]
-  shared = events.pages_shared
-  prefix = len(os.path.commonprefix([ids for ids, _ in requests])) if shared else 0
+  runs = [requests[index] for index in events.running if index >= 0]
   return dict(
     tokens=events.num_scheduled,
     output_tokens=len(events),
     running=len(runs),
     waiting=events.num_waiting,
     held=events.pages_held,
-    shared=shared,
-    # Tokens of the running requests; and the same with each shared one counted once, beside those of its holder.
-    used_tokens=events.tokens_held - prefix if runs else 0,
-    stored_tokens=events.tokens_held - len(runs) * shared * engine.page_size,
+    shared=events.pages_shared,
+    cached=events.pages_cached,
+    # Tokens of the running requests; and the same with those of a shared page counted once.
+    used_tokens=events.tokens_held,
+    stored_tokens=events.tokens_held - events.pages_saved * engine.page_size,
+    prompt_tokens_found=sum(events.admitted.values()),
     # What contiguous caches would hold for these requests: pages, and tokens.
     reserved=len(runs) * cdiv(engine.max_seq_len, engine.page_size),
     reserved_own_tokens=sum(len(ids) + params.max_tokens for ids, params in runs),
     preempted=len(events.preempted),
-    slots=slots,
+    slots=list(events.running),
   )
 
 

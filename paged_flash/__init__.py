@@ -1,6 +1,6 @@
 """paged_flash: flash attention, paged KV caches and immutable page tables for LLM inference in JAX."""
 
-from paged_flash import models
+from paged_flash import history, models, policies
 from paged_flash.adapters import nnx_attention
 from paged_flash.analysis.pictures import show
 from paged_flash.attention import explain, flash_attention, paged_attention
@@ -19,10 +19,12 @@ __all__ = [
   "Params",
   "explain",
   "flash_attention",
+  "history",
   "kv_pages",
   "models",
   "nnx_attention",
   "page_table",
   "paged_attention",
+  "policies",
   "show",
 ]

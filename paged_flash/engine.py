@@ -7,7 +7,6 @@ inside). Only the KV pool is donated; the scheduler's state is a small value tha
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from paged_flash import scheduler
 from paged_flash import step as pure
-from paged_flash.cache import kv_pages, page_table
+from paged_flash.cache import kv_pages, page_table, prefix
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import cdiv
 from paged_flash.models import Model
@@ -37,7 +36,6 @@ class EngineState:
   kv: KVPages  # linear: consumed by the step that is handed it
   idle: bool  # no request is live
   stops: Mapping[int, StopWatch]  # live requests with stop strings
-  prefixes: Mapping[int, int]  # held prefixes: id to pages
 
 
 class Engine:
@@ -53,7 +51,8 @@ class Engine:
     token_budget: tokens that one step computes at most; prompts share what decoding leaves of it.
     chunk_size: prompt tokens that one request computes in a step at most; None for the budget.
     queue_size: requests kept, waiting, running or ended.
-    num_prefixes: prefixes that can be held at once.
+    prefix_cache: requests that start alike share the pages of it, those of requests that ended included.
+    policy: who comes first; one of `paged_flash.policies`, or a function of your own.
     steps_per_dispatch: steps that `run` makes in one program at most.
     kv_dtype: of the pool; None for the model's.
     implementation: of `paged_attention`; None for the first that supports it.
@@ -88,7 +87,8 @@ class Engine:
     token_budget: int = 256,
     chunk_size: int | None = None,
     queue_size: int = 256,
-    num_prefixes: int = 1,
+    prefix_cache: bool = True,
+    policy: scheduler.Policy = scheduler.first_come,
     steps_per_dispatch: int = 32,
     kv_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
@@ -98,7 +98,7 @@ class Engine:
     dtype = jnp.dtype(kv_dtype or jax.tree.leaves(model.params)[0].dtype)
     sizes = dict(num_slots=num_slots, num_pages=num_pages, page_size=page_size, max_seq_len=max_seq_len)
     sizes |= dict(token_budget=token_budget, chunk_size=chunk_size, queue_size=queue_size)
-    for name, size in (sizes | dict(num_prefixes=num_prefixes, steps_per_dispatch=steps_per_dispatch)).items():
+    for name, size in (sizes | dict(steps_per_dispatch=steps_per_dispatch)).items():
       if size is not None and size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     page_bytes = page_size * c.kv_values_per_token * dtype.itemsize
@@ -116,7 +116,7 @@ class Engine:
       raise ValueError(f"max_seq_len must be at most the model's {c.max_seq_len}, got {max_seq_len}")
     self.model, self.num_slots, self.num_pages, self.page_size = model, num_slots, num_pages, page_size
     self.max_seq_len = min(max_seq_len or c.max_seq_len, num_pages * page_size)
-    self.queue_size, self.num_prefixes, self.kv_dtype, self.debug = queue_size, num_prefixes, dtype, debug
+    self.queue_size, self.prefix_cache, self.kv_dtype, self.debug = queue_size, prefix_cache, dtype, debug
     self.steps_per_dispatch = steps_per_dispatch
     self.page_bytes = page_bytes
     self.memory = (
@@ -130,10 +130,20 @@ class Engine:
       token_budget=token_budget,
       chunk_size=min(chunk_size or token_budget, token_budget),
       implementation=implementation,
+      policy=policy,
     )
     self._step = jax.jit(functools.partial(pure.step, model, settings), donate_argnames="kv")
     run = functools.partial(pure.run, model, settings, most=steps_per_dispatch)
     self._run = jax.jit(run, donate_argnames="kv")
+    # For `history`: what a step would do, and the K and V of what a plan says to compute.
+    self.settings = settings
+    self.plan = jax.jit(
+      functools.partial(
+        scheduler.plan, token_budget=token_budget, chunk_size=settings.chunk_size, policy=settings.policy
+      )
+    )
+    fill = functools.partial(pure.compute, model, settings, num_tokens=token_budget)
+    self.fill = jax.jit(fill, donate_argnames="kv")
 
   def init(self) -> EngineState:
     """An empty state with a pool of its own."""
@@ -145,7 +155,7 @@ class Engine:
       page_size=self.page_size,
       num_requests=self.queue_size,
       max_seq_len=self.max_seq_len,
-      num_prefixes=self.num_prefixes,
+      prefix_cache=self.prefix_cache,
     )
     kv = kv_pages.init(
       num_layers=c.num_layers,
@@ -155,7 +165,7 @@ class Engine:
       head_dim=c.head_dim,
       dtype=self.kv_dtype,
     )
-    return EngineState(scheduler=state, kv=kv, idle=True, stops={}, prefixes={})
+    return EngineState(scheduler=state, kv=kv, idle=True, stops={})
 
   def submit(self, state: EngineState, prompt_ids: Sequence[int], **params: Any) -> tuple[EngineState, int]:
     """Queues one request.
@@ -179,11 +189,38 @@ class Engine:
     self, state: EngineState, requests: Sequence[tuple[Sequence[int], Params]]
   ) -> tuple[EngineState, list[int]]:
     """Queues several requests, in order: all of them, or none when one is not good."""
-    good = [self.check(prompt, params, state) for prompt, params in requests]
+    return self._queue(state, [self.check(prompt, params) for prompt, params in requests])
+
+  def submit_samples(
+    self, state: EngineState, prompt_ids: Sequence[int], num_samples: int, **params: Any
+  ) -> tuple[EngineState, list[int]]:
+    """Queues several samples of one prompt, with seeds `seed`, `seed + 1` and so on.
+
+    The prompt is computed once. The samples share all its pages; the part-full last one is copied when a sample first
+    writes to it.
+
+    Args:
+      state, prompt_ids, **params: as for `submit`.
+      num_samples: at least 1, and no more than fit one batch of submissions, 32.
+
+    Returns:
+      The state with the samples waiting, and their ids.
+    """
+    if not 1 <= num_samples <= _SUBMIT_BATCH:
+      raise ValueError(f"num_samples must be in 1..{_SUBMIT_BATCH}, got {num_samples}")
+    ids, first = self.check(prompt_ids, Params(**params))
+    seeds = [(first.seed + i) % 2**32 for i in range(num_samples)]
+    samples = [(ids, dataclasses.replace(first, seed=seed)) for seed in seeds]
+    return self._queue(state, samples, samples=True)
+
+  def _queue(
+    self, state: EngineState, good: Sequence[tuple[list[int], Params]], *, samples: bool = False
+  ) -> tuple[EngineState, list[int]]:
     sched, stops, ids = state.scheduler, dict(state.stops), []
     for i in range(0, len(good), _SUBMIT_BATCH):
       batch = good[i : i + _SUBMIT_BATCH]
-      sched, new = self._submit(sched, rows(batch, 1 if len(batch) == 1 else _SUBMIT_BATCH, self.max_seq_len))
+      size = 1 if len(batch) == 1 else _SUBMIT_BATCH
+      sched, new = self._submit(sched, rows(batch, size, self.max_seq_len, samples=samples))
       ids += np.asarray(new)[: len(batch)].tolist()
     if NOBODY in ids:
       raise RuntimeError(f"the queue is full: queue_size={self.queue_size} requests are live; step the engine first")
@@ -192,20 +229,15 @@ class Engine:
         stops[id] = StopWatch(tuple(params.stop), params.min_tokens)
     return dataclasses.replace(state, scheduler=sched, stops=stops, idle=state.idle and not ids), ids
 
-  def check(self, prompt_ids: Sequence[int], params: Params, state: EngineState) -> tuple[list[int], Params]:
+  def check(self, prompt_ids: Sequence[int], params: Params) -> tuple[list[int], Params]:
     """The prompt as a list and the parameters with what is left open filled in; raises ValueError (see `submit`)."""
-    pinned = sum(state.prefixes.values())
-    limit, why = self.max_seq_len, f"max_seq_len={self.max_seq_len}"
-    if (self.num_pages - pinned) * self.page_size < limit:
-      limit = (self.num_pages - pinned) * self.page_size
-      why = f"the pool: ({self.num_pages} pages - {pinned} held for prefixes) x page_size={self.page_size}"
     return checked(
       prompt_ids,
       params,
       vocab_size=self.model.config.vocab_size,
       tokenizer=self.model.tokenizer,
-      limit=limit,
-      why=why,
+      limit=self.max_seq_len,
+      why=f"max_seq_len={self.max_seq_len}",
     )
 
   def step(self, state: EngineState) -> tuple[EngineState, Events]:
@@ -239,33 +271,7 @@ class Engine:
     """Ends a request, waiting or running; its pages are free at once. An unknown or ended one changes nothing."""
     sched = self._cancel(state.scheduler, np.int32(request))
     stops = {id: stop for id, stop in state.stops.items() if id != request}
-    prefixes = {id: pages for id, pages in state.prefixes.items() if id != request}
-    return dataclasses.replace(
-      state, scheduler=sched, stops=stops, prefixes=prefixes, idle=not np.asarray(sched.live).any()
-    )
-
-  def add_prefix(self, state: EngineState, prefix_ids: Sequence[int]) -> tuple[EngineState, int]:
-    """Holds a prefix: it is prefilled once, and requests submitted later that start with it share its pages.
-
-    Let it go with `cancel`. It holds its pages until then.
-
-    Raises:
-      ValueError: an empty or too long prefix, or one beside which a live request would no longer fit the pool.
-      RuntimeError: all `num_prefixes` holders are taken.
-    """
-    ids, params = self.check(prefix_ids, Params(max_tokens=1), state)
-    pages = cdiv(len(ids), self.page_size)
-    sched = state.scheduler
-    live, longest = np.asarray(sched.live), np.asarray(sched.requests.prompt_lens + sched.requests.max_tokens)
-    room = self.num_pages - sum(state.prefixes.values()) - pages
-    most = cdiv(int(longest[live].max(initial=0)), self.page_size)
-    if most > room:
-      raise ValueError(f"prefix_ids of {pages} pages would leave {room} pages, and a live request may need {most}")
-    new, (id,) = self._submit(sched, rows([(ids, params)], 1, self.max_seq_len, hold=True))
-    if int(id) == NOBODY:
-      raise RuntimeError(f"no room to hold a prefix: num_prefixes={self.num_prefixes}, queue_size={self.queue_size}")
-    prefixes = {**state.prefixes, int(id): pages}
-    return dataclasses.replace(state, scheduler=new, prefixes=prefixes, idle=False), int(id)
+    return dataclasses.replace(state, scheduler=sched, stops=stops, idle=not np.asarray(sched.live).any())
 
   def output(self, state: EngineState, request: int) -> list[int]:
     """Output tokens of a request so far; readable after its end until its row is used again.
@@ -300,7 +306,6 @@ class Engine:
     requests: Sequence[tuple[Prompt, Params]],
     *,
     driver: str = "host",
-    share_prefix: bool = True,
     progress: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     on_events: Callable[[Events], None] | None = None,
@@ -310,11 +315,9 @@ class Engine:
     Args:
       requests: prompts with their parameters; all arrive at once, in this order.
       driver: "host" for one step a dispatch, "device" for many. The tokens are the same.
-      share_prefix: prefill once what all prompts start with, when it is at least a page.
       progress: show a progress bar.
       on_text: called with a request's index and its next piece of text, whole characters, stop strings left out.
-      on_events: called with the `Events` of every step, in which a request is named by its index in `requests`, and
-        the shared prefix, while it is computed, by len(requests).
+      on_events: called with the `Events` of every step, in which a request is named by its index in `requests`.
 
     Returns:
       A completion for each request; `finish` is "error" for those that could not be served.
@@ -329,17 +332,14 @@ class Engine:
     good: dict[int, tuple[list[int], Params]] = {}
     for i, (prompt, params) in enumerate(requests):
       try:
-        good[i] = self.check(self.encode(prompt), params, state)
+        good[i] = self.check(self.encode(prompt), params)
       except ValueError as error:
         counter.refuse(i, str(error))
-    if share_prefix:
-      state = self._share(state, list(good.values()))
-    counter.names |= {id: len(requests) for id in state.prefixes}
 
     queue = list(good)  # not yet submitted
     with tqdm(total=len(requests), initial=len(counter.done), unit="request", disable=not progress) as bar:
       while queue or counter.live:
-        room = self.queue_size - len(counter.live) - len(state.prefixes)
+        room = self.queue_size - len(counter.live)
         now, queue = queue[:room], queue[room:]
         state, ids = self.submit_many(state, [good[i] for i in now])
         for id, i in zip(ids, now, strict=True):
@@ -363,17 +363,6 @@ class Engine:
     state, events = self.step(state)
     return state, [events]
 
-  def _share(self, state: EngineState, requests: Sequence[tuple[list[int], Params]]) -> EngineState:
-    """Holds what all prompts start with, if that is a page or more and every request still fits beside it."""
-    if len(requests) < 2:
-      return state
-    common = os.path.commonprefix([ids for ids, _ in requests])
-    longest = max(len(ids) + params.max_tokens for ids, params in requests)
-    pages = cdiv(len(common), self.page_size) + cdiv(longest, self.page_size)
-    if len(common) < self.page_size or pages > self.num_pages or self.queue_size < 2:
-      return state
-    return self.add_prefix(state, common)[0]
-
   def _dispatch(self, program: Callable, state: EngineState, *args):
     if state.kv.k.is_deleted():
       raise RuntimeError("state.kv was consumed by an earlier step: the pool is linear; go on from that step's state")
@@ -390,6 +379,6 @@ class Engine:
       live = bool(np.asarray(sched.live).any())
     if self.debug:
       page_table.check(sched.table)
-    ended = {id for events in out for id in events.ended}
-    prefixes = {id: pages for id, pages in state.prefixes.items() if id not in ended}
-    return EngineState(scheduler=sched, kv=kv, idle=not live, stops=stops, prefixes=prefixes), out
+      if sched.index is not None:
+        prefix.check(sched.index, sched.table)
+    return EngineState(scheduler=sched, kv=kv, idle=not live, stops=stops), out

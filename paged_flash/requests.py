@@ -30,6 +30,8 @@ class Params:
   stop: Sequence[str] = ()  # strings that end it; its text ends before them
   stop_ids: Sequence[int] = ()  # token ids that end it, beside the model's own
   ignore_eos: bool = False  # the model's own end tokens do not end it
+  tenant: int = 0  # whose: pages are shared among requests of one tenant (or adapter) only
+  priority: int = 0  # for `policies.by_priority`: the smaller, the sooner
 
   def check(self) -> None:
     """Raises ValueError for a value out of range."""
@@ -40,6 +42,8 @@ class Params:
       ("top_k", 0 <= self.top_k < 2**31, "at least 0"),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
       ("seed", 0 <= self.seed < 2**32, "in 0..2**32-1"),
+      ("tenant", 0 <= self.tenant < 2**31 - 2, "in 0..2**31-3"),
+      ("priority", -(2**31) <= self.priority < 2**31, "in -2**31..2**31-1"),
       (
         "stop",
         not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop),
@@ -80,13 +84,16 @@ class Events:
 
   tokens: tuple[Event, ...]
   ended: tuple[int, ...]  # requests that ended without a token, because the pool can never hold them
-  preempted: tuple[int, ...]  # requests that lost their slot, to be recomputed
+  admitted: Mapping[int, int]  # requests that got a slot, with the tokens that they need not compute
+  preempted: Mapping[int, int]  # requests that lost their slot, with the tokens that they had computed
   num_scheduled: int  # tokens computed
   running: tuple[int, ...]  # the request in each slot; -1 for an empty slot
   num_waiting: int
   pages_held: int  # pages with a ref count above 0
   pages_shared: int  # of these, held more than once
-  tokens_held: int  # tokens of K and V of all holders; a shared one counts for each
+  pages_saved: int  # pages that would be held beside them if nothing were shared
+  pages_cached: int  # pages that nobody holds, but that can be found again
+  tokens_held: int  # tokens of K and V in all slots; a shared one counts for each
 
   @property
   def num_running(self) -> int:
@@ -101,7 +108,8 @@ class Events:
       tokens=tuple(event._replace(request=names[event.request]) for event in self.tokens),
       running=tuple(names[id] for id in self.running),
       ended=tuple(names[id] for id in self.ended),
-      preempted=tuple(names[id] for id in self.preempted),
+      admitted={names[id]: n for id, n in self.admitted.items()},
+      preempted={names[id]: n for id, n in self.preempted.items()},
     )
 
   def __iter__(self) -> Iterator[Event]:
@@ -204,14 +212,16 @@ class Counter:
     self.num_tokens += len(events)
 
 
-def rows(batch: Sequence[tuple[Sequence[int], Params]], size: int, max_seq_len: int, *, hold: bool = False) -> Requests:
+def rows(
+  batch: Sequence[tuple[Sequence[int], Params]], size: int, max_seq_len: int, *, samples: bool = False
+) -> Requests:
   """Requests as arrays for `scheduler.submit`.
 
   Args:
     batch: prompt ids with their parameters.
     size: B, rows to make; those past the batch hold no request.
     max_seq_len: C, tokens kept per request.
-    hold: they are prefixes to hold.
+    samples: they are samples of one prompt, which the first computes for all.
   """
 
   def column(values, dtype, rest):
@@ -231,7 +241,9 @@ def rows(batch: Sequence[tuple[Sequence[int], Params]], size: int, max_seq_len: 
     min_tokens=column([p.min_tokens for p in params], np.int32, 0),
     max_tokens=column([p.max_tokens for p in params], np.int32, 1),
     stop_ids=stop_ids,
-    hold=column([hold] * len(batch), np.bool, False),
+    tenant=column([p.tenant for p in params], np.int32, 0),
+    priority=column([p.priority for p in params], np.int32, 0),
+    group=column([0 if samples else NOBODY] * len(batch), np.int32, NOBODY),
   )
   draw = dict(
     temperature=column([p.temperature for p in params], np.float32, 0),
@@ -336,14 +348,28 @@ def for_host(
     ended = () if step.ended < 0 else (int(step.ended),)
     for id in ended:
       stops.pop(id, None)
-    counts = ("num_scheduled", "num_waiting", "pages_held", "pages_shared", "tokens_held")
+    counts = (
+      "num_scheduled",
+      "num_waiting",
+      "pages_held",
+      "pages_shared",
+      "pages_saved",
+      "pages_cached",
+      "tokens_held",
+    )
     out.append(
       Events(
         tokens=tuple(tokens),
         ended=ended,
-        preempted=tuple(int(i) for i in step.preempted if i >= 0),
+        admitted=_numbered(step.admitted, step.cached),
+        preempted=_numbered(step.preempted, step.lost),
         running=tuple(step.running.tolist()),
         **{name: int(getattr(step, name)) for name in counts},
       )
     )
   return out, stops, cuts
+
+
+def _numbered(ids: jax.Array, numbers: jax.Array) -> dict[int, int]:
+  """The number of each id that is somebody."""
+  return {id: n for id, n in zip(ids.tolist(), numbers.tolist(), strict=True) if id >= 0}

@@ -6,25 +6,26 @@
     state, events = commit(state, plan, tokens, ...)   append, stop, release
     state         = cancel(state, id)                  end a request from outside
 
-All of them run inside `jit`; none waits, raises or clamps. First come, first served: a request keeps its place in the
-order from arrival to end, whatever happens to it, so that the running requests always arrived before the waiting ones.
+All of them run inside `jit`; none waits, raises or clamps. Who comes first is a policy, a function of the state
+(`paged_flash.policies`); among equals, and by default, it is who arrived first.
 
-R requests, S slots, X prefix holders, C tokens kept per request, N pages. Sources: continuous batching, Yu et al. 2022
-(Orca); pages on demand and preemption by recomputing, Kwon et al. 2023 section 4.5; chunked prefill beside decoding,
-Agrawal et al. 2024 (Sarathi-Serve).
+R requests, S slots, C tokens kept per request, N pages. Sources: continuous batching, Yu et al. 2022 (Orca); pages on
+demand, sharing by copy-on-write and preemption by recomputing, Kwon et al. 2023 sections 4.4 and 4.5; chunked prefill
+beside decoding, Agrawal et al. 2024 (Sarathi-Serve); pages found again after their requests ended, Zheng et al. 2024.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paged_flash import sharing
 from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE, cdiv
 from paged_flash.state import (
   CANCELLED,
-  HELD,
   LENGTH,
   LIVE,
   NOBODY,
@@ -38,6 +39,8 @@ from paged_flash.state import (
   blank,
 )
 
+type Policy = Callable[[State], jax.Array]  # what each request waits for: i32[R], the smaller the sooner
+
 _LAST = jnp.iinfo(jnp.int32).max
 
 
@@ -50,7 +53,8 @@ def init(
   num_requests: int,
   max_seq_len: int,
   num_stop_ids: int = NUM_STOP_IDS,
-  num_prefixes: int = 1,
+  prefix_cache: bool = True,
+  tokens_per_content: int = 1,
 ) -> State:
   """An empty state.
 
@@ -62,21 +66,21 @@ def init(
     num_requests: requests kept, waiting, running or ended, R.
     max_seq_len: tokens kept per request, C; 0 for a simulation that has none.
     num_stop_ids: stop ids per request, I.
-    num_prefixes: prefixes that can be held at once, X.
+    prefix_cache: full pages can be found again by requests that start the same way. Needs tokens.
+    tokens_per_content: 1 for a model. A simulation may have one number for so many tokens (it divides `page_size`):
+      then `Requests.tokens` holds these, those of the output too from the start, and C counts them.
   """
-  table = page_table.init(
-    num_slots=num_slots + num_prefixes, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size
-  )
+  table = page_table.init(num_slots=num_slots, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size)
   R = num_requests
+  index = prefix.init(num_pages=num_pages, width=page_size // tokens_per_content)
   return State(
     table=table,
+    index=index if prefix_cache and max_seq_len else None,
     requests=blank(R, max_seq_len, num_stop_ids),
     arrival=jnp.full(R, NOBODY, jnp.int32),
     finish=jnp.zeros(R, jnp.int32),
-    prefix=jnp.full(R, NOBODY, jnp.int32),
     preemptions=jnp.zeros(R, jnp.int32),
     running=jnp.full(num_slots, NOBODY, jnp.int32),
-    holders=jnp.full(num_prefixes, NOBODY, jnp.int32),
     num_arrived=jnp.int32(0),
   )
 
@@ -89,83 +93,88 @@ def submit(state: State, new: Requests) -> tuple[State, jax.Array]:
 
   Args:
     state: stays good.
-    new: [B] requests; a prompt length of 0 marks none.
+    new: [B] requests; a prompt length of 0 marks none. `group` counts from the first of this batch: it names the
+      request in it of which this one is another sample.
 
   Returns:
     state: with the requests waiting.
-    ids: i32[B]; NOBODY for a request that was refused, because R are live or, for a prefix to hold, all X holders are
-      taken. A refusal changes nothing.
+    ids: i32[B]; NOBODY for a request that was refused, because R are live. A refusal changes nothing.
   """
   R, B = state.arrival.size, new.prompt_lens.size
   wanted = new.prompt_lens > 0
-  free_holders = jnp.sum(state.holders == NOBODY)
-  wanted &= ~new.hold | (jnp.cumsum(new.hold & wanted) <= free_holders)
-
-  usable = ~state.live & (state.finish != HELD)
+  usable = ~state.live
   by_age = jnp.argsort(jnp.where(usable, state.arrival, _LAST))[:B]  # i32[min(B, R)]
   number = jnp.cumsum(wanted) - 1  # i32[B]  0, 1, 2 ... for the wanted
   accepted = wanted & (number < jnp.minimum(jnp.sum(usable), by_age.size))
   rows = jnp.where(accepted, by_age[jnp.minimum(number, by_age.size - 1)], R)  # R: nowhere
   ids = jnp.where(accepted, state.num_arrived + number, NOBODY)
-
-  held = jnp.where(state.holders >= 0, state.requests.prompt_lens[state.holders], 0)
-  holder = prefix.match(new.tokens, new.prompt_lens, state.requests.tokens[state.holders], held)  # i32[B]
-  found = jnp.where((holder >= 0) & ~new.hold, state.holders[holder], NOBODY)
-
-  free = jnp.argsort(state.holders != NOBODY, stable=True)  # free holders first
-  place = jnp.where(accepted & new.hold, free[jnp.cumsum(new.hold & accepted) - 1], state.holders.size)
+  new = dataclasses.replace(new, group=jnp.where(new.group >= 0, rows[new.group], NOBODY))
   state = dataclasses.replace(
     state,
     requests=jax.tree.map(lambda old, values: old.at[rows].set(values, mode="drop"), state.requests, new),
     arrival=state.arrival.at[rows].set(ids, mode="drop"),
     finish=state.finish.at[rows].set(LIVE, mode="drop"),
-    prefix=state.prefix.at[rows].set(found, mode="drop"),
     preemptions=state.preemptions.at[rows].set(0, mode="drop"),
-    holders=state.holders.at[place].set(rows, mode="drop"),
     num_arrived=state.num_arrived + jnp.sum(accepted, dtype=jnp.int32),
   )
   return state, ids
 
 
-def plan(state: State, *, token_budget: int, chunk_size: int | None = None) -> tuple[State, StepPlan]:
+def first_come(state: State) -> jax.Array:
+  """The policy that knows no difference: first come, first served."""
+  return jnp.zeros_like(state.arrival)
+
+
+def plan(
+  state: State, *, token_budget: int, chunk_size: int | None = None, policy: Policy = first_come
+) -> tuple[State, StepPlan]:
   """Decides one step: admits, shares, schedules within the token budget, grants, preempts where it must.
 
-  1. Waiting requests are put beside the running ones, in order of arrival, on the free slots.
+  1. Waiting requests are put beside the running ones, in the policy's order, on the free slots. Pages that hold what
+     they start with are found, and so is another sample of the same prompt that has computed it.
   2. Every decoding slot gets its token; what is left of the budget goes to prefill chunks in order.
   3. Waiting requests are admitted while the pages of their whole prompts fit what is free and not yet spoken for.
-  4. When the pool cannot serve the running requests, the last to arrive lose their pages (preempted, to be
+  4. When the pool cannot serve the running requests, the last in order lose their pages (preempted, to be
      recomputed later), as few as will do; the last one that need not lose them only pauses.
 
-  The first request in order is always served: when all others have given way and its pages are still not there, it
-  can never go on, and is ended as `LENGTH` by the commit.
+  The first running request in order is always served: when all others have given way and its pages are still not
+  there, it can never go on, and is ended as `LENGTH` by the commit.
 
   Args:
     state: stays good.
     token_budget: tokens that one step computes at most; at least S.
     chunk_size: prompt tokens that one request computes in one step at most; None for the budget.
+    policy: who is admitted first and preempted last.
 
   Returns:
     state: with slots filled and pages granted.
     plan: the step.
   """
-  S, table = state.running.size, state.table
+  S, R, table = state.running.size, state.arrival.size, state.table
   chunk_size = min(chunk_size or token_budget, token_budget)
 
   # 1. Candidates: the running request of each slot, or the next waiting one for a free slot. All below is [S], and
-  # from here on in order of arrival.
+  # from here on in order: those that run, then those that wait, each by policy and arrival.
+  rank = policy(state)
   was_running = state.running >= 0
-  queue = jnp.argsort(jnp.where(state.waiting, state.arrival, _LAST))
+  ready = state.waiting & ~sharing.awaits_prompt(state)
+  queue = lax.cond(jnp.any(ready), lambda: jnp.lexsort((state.arrival, rank, ~ready)), lambda: jnp.zeros(R, jnp.int32))
   number = jnp.cumsum(~was_running) - 1  # of each free slot
-  waits = ~was_running & (number < jnp.sum(state.waiting))
-  row = jnp.where(was_running, state.running, queue[jnp.minimum(number, queue.size - 1)])
-  slot = jnp.argsort(jnp.where(was_running | waits, state.arrival[row], _LAST))
+  waits = ~was_running & (number < jnp.sum(ready))
+  row = jnp.where(was_running, state.running, queue[jnp.minimum(number, R - 1)])
+  slot = jnp.lexsort((state.arrival[row], rank[row], jnp.where(was_running, 0, 2 - waits)))
   row, runs, waits = row[slot], was_running[slot], waits[slot]
   num_tokens = state.requests.num_tokens[row]
 
-  parent, ready = _parent(state, row)
-  shares = waits & (parent >= 0) & ready
-  computed = jnp.where(runs, table.seq_lens[slot], 0)
-  computed = jnp.where(shares, jnp.minimum(table.seq_lens[parent], num_tokens - 1), computed)
+  pages, there = lax.cond(
+    jnp.any(waits),
+    sharing.found,
+    lambda *_: (jnp.full(table.pages.shape, NO_PAGE), jnp.zeros_like(row)),
+    state,
+    row,
+    waits,
+  )
+  computed = jnp.where(runs, table.seq_lens[slot], there)
   remaining = num_tokens - computed
 
   # 2. Tokens.
@@ -175,15 +184,16 @@ def plan(state: State, *, token_budget: int, chunk_size: int | None = None) -> t
   take = jnp.where(decodes, 1, jnp.clip(token_budget - before, 0, wanted))
 
   # 3. Pages. A running request speaks for all its known tokens, so that an admission cannot starve its prefill.
-  def pages(tokens):  # pages to take, to go from `computed` to `computed + tokens`
+  def grown(tokens):  # pages to take, to go from `computed` to `computed + tokens`
     return cdiv(computed + tokens, table.page_size) - cdiv(computed, table.page_size) + (copies & (tokens > 0))
 
   last = table.pages[slot, jnp.maximum(cdiv(computed, table.page_size) - 1, 0)]
-  copies = (computed % table.page_size > 0) & (shares | (runs & (table.ref_counts[last] > 1)))
-  need = jnp.where(runs, pages(take), 0)
-  spoken_for = jnp.where(runs, pages(remaining), jnp.where(waits, pages(remaining + 1), 0))
+  copies = (computed % table.page_size > 0) & (waits | (runs & (table.ref_counts[last] > 1)))
+  need = jnp.where(runs, grown(take), 0)
+  revived = jnp.sum((pages >= 0) & (table.ref_counts[pages] == 0), axis=1)  # free pages that become held
+  spoken_for = jnp.where(runs, grown(remaining), jnp.where(waits, grown(remaining + 1) + revived, 0))
   free = table.num_free
-  blocked = waits & ((take == 0) | ((parent >= 0) & ~ready) | (jnp.cumsum(spoken_for) > free))
+  blocked = waits & ((take == 0) | (jnp.cumsum(spoken_for) > free))
   starved = jnp.sum(need) > free
   admitted = waits & (jnp.cumsum(blocked) == 0) & ~starved
 
@@ -193,35 +203,47 @@ def plan(state: State, *, token_budget: int, chunk_size: int | None = None) -> t
   hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted & (jnp.cumsum(spoken_for) > free))
   doomed = jnp.where(hopeless[0], row[0], NOBODY)
   take = jnp.where((runs & served) | admitted, take, 0)
+  need = jnp.where(take > 0, grown(take), 0)
 
   # Back to slot order, and into the table.
   back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
-  row, kept, admitted, shares, victims, take = (a[back] for a in (row, kept, admitted, shares, victims, take))
-  parent, computed, num_tokens = parent[back], computed[back], num_tokens[back]
+  row, kept, admitted, victims, take = (a[back] for a in (row, kept, admitted, victims, take))
+  pages, computed, num_tokens = pages[back], computed[back], num_tokens[back]
   rows = jnp.where(kept | admitted, row, NOBODY)
-  holders = state.holders.size
+  state_out = sharing.release(state, victims)
   table = lax.cond(
-    jnp.any(victims), lambda t: page_table.release(t, jnp.pad(victims, (0, holders))), lambda t: t, table
+    jnp.any(admitted),
+    lambda t: page_table.attach(t, jnp.where(admitted, jnp.arange(S), NOBODY), pages, computed),
+    lambda t: t,
+    state_out.table,
   )
-  child = jnp.where(admitted & shares, jnp.arange(S), NOBODY)
-  table = lax.cond(jnp.any(child >= 0), lambda t: page_table.fork(t, parent, child, computed), lambda t: t, table)
+  index, spared = state_out.index, None
+  if index is not None:
+    short = jnp.sum(need) - jnp.sum((table.ref_counts == 0) & ~index.cached)
+    index = prefix.evict(index, table, short)
+    spared = index.cached
   most = cdiv(token_budget, table.page_size) + 2 * S
-  table, page_copies, granted = page_table.extend(table, jnp.pad(take, (0, holders)), max_pages=most)
-  take = jnp.where(granted[:S], take, 0)
+  table, page_copies, granted = page_table.extend(table, take, max_pages=most, spared=spared)
+  take = jnp.where(granted, take, 0)
 
   state_out = dataclasses.replace(
-    state,
+    state_out,
     table=table,
+    index=index,
     running=rows,
-    preemptions=state.preemptions.at[jnp.where(victims, row, state.arrival.size)].add(1, mode="drop"),
+    preemptions=state.preemptions.at[jnp.where(victims, row, R)].add(1, mode="drop"),
   )
   return state_out, StepPlan(
     rows=rows,
     starts=jnp.where(rows >= 0, computed, 0),
     scheduled=take,
-    samples=(take > 0) & (computed + take == num_tokens) & ~state.requests.hold[row],
+    samples=(take > 0) & (computed + take == num_tokens),
+    cached=jnp.where(admitted, computed, 0),
+    admitted=admitted,
+    filled=sharing.filled(computed, take, table.page_size, token_budget),
     copies=page_copies,
     preempted=jnp.where(victims, state.arrival[row], NOBODY),
+    lost=jnp.where(victims, computed, 0),
     doomed=doomed,
   )
 
@@ -268,9 +290,10 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     logprobs: f32[S].
 
   Returns:
-    The new state, in which finished slots are empty and their pages free, and the events of the step.
+    The new state, in which the pages that were filled can be found, finished slots are empty and their pages free;
+    and the events of the step.
   """
-  R, S, requests, table = state.arrival.size, state.running.size, state.requests, state.table
+  R, requests, table = state.arrival.size, state.requests, state.table
   row = plan.rows
   at = jnp.where(plan.samples, row, R)
   num_tokens = requests.num_tokens[row] + 1
@@ -279,43 +302,43 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   finish = jnp.where(stop, STOP, jnp.where(output >= requests.max_tokens[row], LENGTH, LIVE))
   finish = jnp.where(plan.samples, finish, LIVE)
   doomed = jnp.where(plan.doomed >= 0, plan.doomed, R)  # R: no row
-  held = (row >= 0) & requests.hold[row] & (plan.starts + plan.scheduled == requests.prompt_lens[row])
-  done = (finish != LIVE) | held | (row == doomed)
+  done = (finish != LIVE) | (row == doomed)
+  free = table.ref_counts == 0
+
+  def ids(where):
+    return jnp.where(where, state.arrival[row], NOBODY)
 
   events = StepEvents(
-    ids=jnp.where(plan.samples, state.arrival[row], NOBODY),
+    ids=ids(plan.samples),
     tokens=tokens,
     logprobs=logprobs,
     finish=finish,
     ended=jnp.where(plan.doomed >= 0, state.arrival[plan.doomed], NOBODY),
+    admitted=ids(plan.admitted),
+    cached=plan.cached,
     preempted=plan.preempted,
+    lost=plan.lost,
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
-    running=jnp.where(row >= 0, state.arrival[row], NOBODY),
+    running=ids(row >= 0),
     num_waiting=jnp.sum(state.waiting, dtype=jnp.int32),
-    pages_held=table.num_pages - table.num_free,
+    pages_held=table.num_pages - jnp.sum(free, dtype=jnp.int32),
     pages_shared=jnp.sum(table.ref_counts > 1, dtype=jnp.int32),
+    pages_saved=jnp.sum(jnp.maximum(table.ref_counts - 1, 0), dtype=jnp.int32),
+    pages_cached=jnp.int32(0) if state.index is None else jnp.sum(free & state.index.cached, dtype=jnp.int32),
     tokens_held=jnp.sum(table.seq_lens, dtype=jnp.int32),
   )
-
-  def end(table):
-    holder = jnp.argmax(state.holders == row[:, None], axis=1) + S  # i32[S]
-    table = page_table.fork(table, jnp.arange(S), jnp.where(held, holder, NOBODY))
-    return page_table.release(table, jnp.pad(done, (0, state.holders.size)))
-
+  if state.index is not None:
+    state = sharing.indexed(state, plan)
+  kept = requests.tokens
+  if state.index is None or state.index.contents.shape[1] == table.page_size:  # a token a number
+    kept = kept.at[at, num_tokens - 1].set(tokens, mode="drop")
+  state = sharing.release(state, done)
   state = dataclasses.replace(
     state,
-    table=lax.cond(jnp.any(done), end, lambda t: t, table),
     requests=dataclasses.replace(
-      requests,
-      tokens=requests.tokens.at[at, num_tokens - 1].set(tokens, mode="drop"),
-      num_tokens=requests.num_tokens.at[at].set(num_tokens, mode="drop"),
+      requests, tokens=kept, num_tokens=requests.num_tokens.at[at].set(num_tokens, mode="drop")
     ),
-    finish=state.finish.at[jnp.where(done, row, R)]
-    .set(jnp.where(held, HELD, finish), mode="drop")
-    .at[doomed]
-    .set(LENGTH, mode="drop"),
-    prefix=jnp.where(state.prefix == doomed, NOBODY, state.prefix),
-    holders=jnp.where(state.holders == doomed, NOBODY, state.holders),
+    finish=state.finish.at[jnp.where(done, row, R)].set(finish, mode="drop").at[doomed].set(LENGTH, mode="drop"),
     running=jnp.where(done, NOBODY, row),
   )
   return state, events
@@ -328,35 +351,24 @@ def cancel(
 
   Args:
     state: stays good.
-    id: i32[], the request, or the held prefix to let go.
+    id: i32[], the request.
     finish: why it ended.
     keep: i32[], output tokens to keep of those it has; None for all. (A stop string found late cuts what came after
       it, even of a request that has ended meanwhile.)
   """
   is_it = (state.arrival == id) & (state.arrival >= 0)  # bool[R]
-  is_it &= state.live | (state.finish == HELD) | (keep is not None)
+  is_it &= state.live | (keep is not None)
   row = jnp.where(jnp.any(is_it), jnp.argmax(is_it), -2)  # -2: no row
   num_tokens = state.requests.num_tokens
   if keep is not None:
     num_tokens = jnp.where(is_it, jnp.minimum(num_tokens, state.requests.prompt_lens + keep), num_tokens)
-  gone = jnp.concatenate([state.running, state.holders]) == row
+  state = sharing.release(state, state.running == row)
   return dataclasses.replace(
     state,
-    table=page_table.release(state.table, gone),
     requests=dataclasses.replace(state.requests, num_tokens=num_tokens),
     finish=jnp.where(is_it, finish, state.finish),
-    prefix=jnp.where(state.prefix == row, NOBODY, state.prefix),
     running=jnp.where(state.running == row, NOBODY, state.running),
-    holders=jnp.where(state.holders == row, NOBODY, state.holders),
   )
-
-
-def _parent(state: State, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Slot (i32[S]) that holds the prefix each request starts with, NOBODY if none; and whether it is computed."""
-  wanted = state.prefix[row]
-  is_holder = (state.holders == wanted[:, None]) & (wanted >= 0)[:, None]  # bool[S, X]
-  parent = jnp.where(jnp.any(is_holder, axis=1), jnp.argmax(is_holder, axis=1) + state.running.size, NOBODY)
-  return parent, state.finish[wanted] == HELD
 
 
 def _victims(state: State, slot, runs, need, free) -> tuple[jax.Array, jax.Array]:
@@ -370,7 +382,7 @@ def _victims(state: State, slot, runs, need, free) -> tuple[jax.Array, jax.Array
     kept: bool[S] keep their slots and pages: the served, and the one after them if its pages are not needed.
   """
   S, table = runs.size, state.table
-  rank = jnp.full(table.num_slots, -1).at[slot].set(jnp.arange(S))  # holders: -1, never given up
+  rank = jnp.full(table.num_slots, -1).at[slot].set(jnp.arange(S))
   held = jnp.where(table.pages >= 0, table.pages, table.num_pages)
   first = jnp.full(table.num_pages, S).at[held].min(rank[:, None], mode="drop")  # earliest holder of each page
   only = jnp.zeros(S, jnp.int32).at[jnp.where((first >= 0) & (table.ref_counts > 0), first, S)].add(1, mode="drop")

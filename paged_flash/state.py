@@ -1,7 +1,7 @@
 """The scheduler's state, and what it hands to a step: frozen dataclasses of small arrays.
 
-R requests, S slots, X prefix holders, C tokens kept per request, T packed tokens. NOBODY (-1) marks an absent row,
-slot or id.
+R requests, S slots, C tokens kept per request, F pages that a step may fill, T packed tokens. NOBODY (-1) marks an
+absent row, slot or id.
 """
 
 import dataclasses
@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from paged_flash.cache.page_table import PageCopies, PageTable
+from paged_flash.cache.prefix import PrefixIndex
 from paged_flash.sampling import Sampling
 
 NOBODY = -1
 NUM_STOP_IDS = 8  # per request
-LIVE, STOP, LENGTH, CANCELLED, HELD = range(5)  # values of `State.finish`
-FINISH_NAMES = ("", "stop", "length", "cancelled", "held")
+LIVE, STOP, LENGTH, CANCELLED = range(4)  # values of `State.finish`
+FINISH_NAMES = ("", "stop", "length", "cancelled")
 
 
 @jax.tree_util.register_dataclass
@@ -23,13 +24,15 @@ FINISH_NAMES = ("", "stop", "length", "cancelled", "held")
 class Requests:
   """What users asked for, and the tokens so far."""
 
-  tokens: jax.Array  # i32[R, C]  the prompt, then the output; C may be 0 where nobody reads tokens (a simulation)
+  tokens: jax.Array  # i32[R, C]  the prompt, then the output; in a simulation C may be 0, or there is one number a page
   prompt_lens: jax.Array  # i32[R]
   num_tokens: jax.Array  # i32[R]  prompt and output
   min_tokens: jax.Array  # i32[R]  stop ids do not count before so many output tokens
   max_tokens: jax.Array  # i32[R]  output tokens at most
   stop_ids: jax.Array  # i32[R, I]  NOBODY where unused
-  hold: jax.Array  # bool[R]  a prefix: computed, then held for others to share
+  tenant: jax.Array  # i32[R]  whose: pages are shared within a tenant (or adapter) only; at least 0
+  priority: jax.Array  # i32[R]  for policies that look at it: the smaller, the sooner
+  group: jax.Array  # i32[R]  row of the first of several samples of one prompt; NOBODY
   sampling: Sampling  # [R]
 
 
@@ -46,7 +49,9 @@ def blank(num_requests: int, max_seq_len: int, num_stop_ids: int = NUM_STOP_IDS)
     min_tokens=full(0),
     max_tokens=full(1),
     stop_ids=jnp.full((num_requests, num_stop_ids), NOBODY, jnp.int32),
-    hold=full(False, jnp.bool),
+    tenant=full(0),
+    priority=full(0),
+    group=full(NOBODY),
     sampling=Sampling(
       temperature=full(0, jnp.float32), top_k=full(0), top_p=full(1, jnp.float32), seed=full(0, jnp.uint32)
     ),
@@ -62,14 +67,13 @@ class State:
   when it is live and no slot does.
   """
 
-  table: PageTable  # S + X rows: the slots, then the prefix holders
+  table: PageTable  # [S]
+  index: PrefixIndex | None  # what the pool's full pages hold; None where prefixes are not shared
   requests: Requests  # [R]
   arrival: jax.Array  # i32[R]  number of the request, in order of arrival: its id; NOBODY in a row never used
   finish: jax.Array  # i32[R]  LIVE, or why it ended
-  prefix: jax.Array  # i32[R]  row of the held prefix that the prompt starts with; NOBODY
   preemptions: jax.Array  # i32[R]  times it lost its slot
   running: jax.Array  # i32[S]  row of the request in each slot; NOBODY
-  holders: jax.Array  # i32[X]  row of the prefix that each holder keeps, or will; NOBODY
   num_arrived: jax.Array  # i32[]
 
   @property
@@ -91,8 +95,12 @@ class StepPlan:
   starts: jax.Array  # i32[S]  tokens computed before the step
   scheduled: jax.Array  # i32[S]  tokens to compute in the step
   samples: jax.Array  # bool[S]  slots whose next token the step yields
-  copies: PageCopies  # [S + X]  to make before anything is written
+  cached: jax.Array  # i32[S]  of a request admitted now: tokens that it need not compute, because their pages are there
+  admitted: jax.Array  # bool[S]
+  filled: jax.Array  # i32[2, F]  slot and place of the pages that the step fills; slot S for none
+  copies: PageCopies  # [S]  to make before anything is written
   preempted: jax.Array  # i32[S]  id of the request that lost the slot; NOBODY
+  lost: jax.Array  # i32[S]  tokens that it had computed
   doomed: jax.Array  # i32[]  row of a request that no pool state can serve any more; NOBODY
 
   @property
@@ -125,10 +133,15 @@ class StepEvents:
   logprobs: jax.Array  # f32[S]
   finish: jax.Array  # i32[S]  LIVE, or why the request ended with this token
   ended: jax.Array  # i32[]  id of a request that ended without a token (LENGTH: the pool cannot hold it); NOBODY
+  admitted: jax.Array  # i32[S]  ids that got their slot
+  cached: jax.Array  # i32[S]  tokens that these need not compute
   preempted: jax.Array  # i32[S]  ids that lost their slot
+  lost: jax.Array  # i32[S]  tokens that these had computed
   num_scheduled: jax.Array  # i32[]  tokens computed
   running: jax.Array  # i32[S]  the request in each slot during the step; NOBODY
   num_waiting: jax.Array  # i32[]
   pages_held: jax.Array  # i32[]  pages with a ref count above 0 during the step
   pages_shared: jax.Array  # i32[]  of these, held more than once
-  tokens_held: jax.Array  # i32[]  tokens of K and V in all slots and holders; a shared page counts for each
+  pages_saved: jax.Array  # i32[]  pages that would be held beside them if nothing were shared
+  pages_cached: jax.Array  # i32[]  pages that nobody holds, but that can be found again
+  tokens_held: jax.Array  # i32[]  tokens of K and V in all slots; a shared page counts for each

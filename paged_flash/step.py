@@ -27,6 +27,7 @@ class Settings:
   token_budget: int  # tokens that one step computes at most
   chunk_size: int  # of these, prompt tokens of one request
   implementation: str | None  # of `paged_attention`
+  policy: scheduler.Policy  # who comes first
 
 
 def step(
@@ -47,9 +48,11 @@ def step(
     events: what happened.
     live: bool[], whether any request is left.
   """
-  state, plan = scheduler.plan(state, token_budget=settings.token_budget, chunk_size=settings.chunk_size)
+  state, plan = scheduler.plan(
+    state, token_budget=settings.token_budget, chunk_size=settings.chunk_size, policy=settings.policy
+  )
   kv = kv_pages.copy(kv, plan.copies)
-  forward = functools.partial(_forward, model, settings, params, state, plan)
+  forward = functools.partial(compute, model, settings, params, state, plan)
   logits = jnp.zeros((plan.rows.size, model.config.vocab_size), jnp.float32)
   logits, kv = _when(~plan.decode_only, functools.partial(forward, settings.token_budget), logits, kv)
   logits, kv = _when(plan.decode_only, functools.partial(forward, None), logits, kv)
@@ -89,7 +92,7 @@ def run(
   return state, kv, (log, i), live
 
 
-def _forward(
+def compute(
   model: Model, settings: Settings, params, state: State, plan: StepPlan, num_tokens: int | None, kv: KVPages
 ) -> tuple[jax.Array, KVPages]:
   """Logits f32[S, V] of each slot's last token, and the pool with the new K and V in it."""

@@ -162,9 +162,8 @@ def test_a_common_prefix_is_shared(engine, alone):
 
   results = engine.complete(requests, on_events=watch)
   check_against([(prompt, params, *alone.generate(prompt, params)) for prompt, params in requests], results)
-  assert max(shared) >= 3 and sum(computed) == 13 + 5 * (4 + 5)
-  without = engine.complete(requests, share_prefix=False)
-  assert [r.output_ids for r in without] == [r.output_ids for r in results]
+  # Three full pages are computed once; what is left of the prefix, and all else, by each.
+  assert max(shared) == 3 and sum(computed) == 12 + 5 * (1 + 4 + 5)
 
 
 def test_the_open_loop_cancel_and_old_states(engine, alone):
@@ -190,16 +189,45 @@ def test_the_open_loop_cancel_and_old_states(engine, alone):
     engine.output(state, 99)
 
 
-def test_prefixes_held_by_hand(engine):
-  state, prefix = engine.add_prefix(engine.init(), prompt_of(10))
-  with pytest.raises(RuntimeError, match="num_prefixes=1"):
-    engine.add_prefix(state, prompt_of(3))
-  state, _ = engine.submit(state, [*prompt_of(10), 4, 5], max_tokens=3)
+@pytest.mark.parametrize("num_pages", [40, 9], ids=["roomy", "starved"])
+@pytest.mark.parametrize("driver", ["host", "device"])
+def test_tokens_are_the_same_with_the_prefix_cache_off_on_and_warm(tiny, alone, num_pages, driver):
+  """Prompts that share a page, two pages, or all; greedy and sampled; cold, under eviction, and found again."""
+  sizes: dict[str, Any] = dict(num_slots=3, num_pages=num_pages, page_size=4, max_seq_len=32, token_budget=12)
+  head = prompt_of(12)
+  draw: dict[str, Any] = dict(temperature=0.8, seed=5)
+  requests = [
+    (head, Params(max_tokens=6)),
+    ([*head[:9], 7, 7], Params(max_tokens=9, **draw)),
+    (head, Params(max_tokens=6)),
+    ([*head, 3], Params(max_tokens=5, tenant=1)),
+    (prompt_of(17), Params(max_tokens=10)),
+    ([*head, 3], Params(max_tokens=5)),
+  ] * 2
+  outs = [alone.generate(*request) for request in requests]
+  for cache in (False, True):
+    engine, found = Engine(tiny, prefix_cache=cache, debug=True, **sizes), {}
+    results = engine.complete(requests, driver=driver, on_events=lambda events, f=found: f.update(events.admitted))
+    for result, (out, logprobs) in zip(results, outs, strict=True):
+      assert list(result.output_ids) == out
+      np.testing.assert_allclose(result.logprobs, logprobs, atol=1e-4)
+    assert (sum(found.values()) > 0) == cache
+
+
+def test_samples_of_one_prompt_share_its_pages(engine, alone):
+  state, ids = engine.submit_samples(engine.init(), prompt_of(10), 3, max_tokens=8, temperature=1.0, seed=4)
+  computed, saved = 0, 0
   while not state.idle:
-    state, _ = engine.step(state)
-  assert int(state.scheduler.table.num_free) == engine.num_pages - 3
-  state = engine.cancel(state, prefix)
-  assert int(state.scheduler.table.num_free) == engine.num_pages and not state.prefixes
+    state, events = engine.step(state)
+    computed, saved = computed + events.num_scheduled, max(saved, events.pages_saved)
+  for i, id in enumerate(ids):
+    assert (
+      engine.output(state, id) == alone.generate(prompt_of(10), Params(max_tokens=8, temperature=1.0, seed=4 + i))[0]
+    )
+  assert computed == 10 + 2 + 3 * 7  # the prompt once, its last token for each other sample, and the outputs
+  assert saved == 2 * 2  # two full pages, held by two more
+  with pytest.raises(ValueError, match="num_samples must be in 1..32, got 0"):
+    engine.submit_samples(state, [1], 0)
 
 
 def test_a_consumed_pool_is_named(engine):

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from paged_flash import scheduler
-from paged_flash.cache import page_table
+from paged_flash import policies, scheduler
+from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE
 from paged_flash.requests import Params, rows
-from paged_flash.state import CANCELLED, HELD, LENGTH, LIVE, NOBODY, STOP
+from paged_flash.state import CANCELLED, LENGTH, LIVE, NOBODY, STOP
 
 VOCAB = 50
 submit = jax.jit(scheduler.submit)
@@ -27,8 +27,8 @@ commit = jax.jit(scheduler.commit)
 
 
 @functools.cache
-def planner(token_budget, chunk_size):
-  return jax.jit(functools.partial(scheduler.plan, token_budget=token_budget, chunk_size=chunk_size))
+def planner(token_budget, chunk_size, policy):
+  return jax.jit(functools.partial(scheduler.plan, token_budget=token_budget, chunk_size=chunk_size, policy=policy))
 
 
 @functools.cache
@@ -55,7 +55,19 @@ def expected(prompt, params: Params) -> tuple[list[int], int]:
 class Server:
   """Drives the scheduler with the stand-in model, and checks every step."""
 
-  def __init__(self, *, slots=4, pages=16, page_size=4, budget=8, chunk=None, queue=16, max_seq_len=32, prefixes=1):
+  def __init__(
+    self,
+    *,
+    slots=4,
+    pages=16,
+    page_size=4,
+    budget=8,
+    chunk=None,
+    queue=16,
+    max_seq_len=32,
+    cache=True,
+    policy=scheduler.first_come,
+  ):
     self.state = scheduler.init(
       num_slots=slots,
       pages_per_slot=-(-max_seq_len // page_size),
@@ -63,30 +75,43 @@ class Server:
       page_size=page_size,
       num_requests=queue,
       max_seq_len=max_seq_len,
-      num_prefixes=prefixes,
+      prefix_cache=cache,
     )
-    self.budget, self.chunk, self.max_seq_len, self.slots = budget, chunk, max_seq_len, slots
+    self.budget, self.chunk, self.max_seq_len, self.slots, self.policy = budget, chunk, max_seq_len, slots, policy
     self.contents = np.full((pages, page_size), -1)
     self.asked, self.got, self.ended, self.log = {}, {}, {}, []
 
-  def submit(self, prompt, hold=False, **params):
+  def submit(self, prompt, **params):
+    return self.submit_samples(prompt, 1, **params)[0]
+
+  def submit_samples(self, prompt, n, **params):
     params = Params(**params)
-    self.state, ids = submit(self.state, rows([(prompt, params)], 1, self.max_seq_len, hold=hold))
-    id = int(ids[0])
-    if id != NOBODY:
-      self.asked[id], self.got[id] = (list(prompt), params), []
-    return id
+    batch = rows([(prompt, params)] * n, n, self.max_seq_len, samples=n > 1)
+    self.state, ids = submit(self.state, batch)
+    for id in ids.tolist():
+      if id != NOBODY:
+        self.asked[id], self.got[id] = (list(prompt), params), []
+    return ids.tolist()
 
   def cancel(self, id):
     self.state = cancel(self.state, jnp.int32(id))
-    page_table.check(self.state.table)
+    self.check()
     self.asked.pop(id, None)
+
+  def check(self):
+    page_table.check(self.state.table)
+    if (index := self.state.index) is not None:
+      prefix.check(index, self.state.table)
+      cached = np.asarray(index.cached)  # what the index says of a page is what the page holds
+      np.testing.assert_array_equal(np.asarray(index.contents)[cached], self.contents[cached])
 
   def step(self):
     before = self.state
     frozen = jax.tree.map(np.array, before)
-    state, plan = planner(self.budget, self.chunk)(before)
+    state, plan = planner(self.budget, self.chunk, self.policy)(before)
     page_table.check(state.table)
+    if state.index is not None:
+      prefix.check(state.index, state.table)
     scheduled = np.asarray(plan.scheduled)
     assert scheduled.sum() <= self.budget and (scheduled <= (self.chunk or self.budget)).all()
     packed = packer(None if bool(plan.decode_only) else self.budget)(state, plan)
@@ -105,7 +130,7 @@ class Server:
       read = self.contents[np.asarray(state.table.pages[slot])].reshape(-1)[: int(packed.kv_lens[slot])]
       tokens[slot] = next_token(read)
     self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(self.slots))
-    page_table.check(self.state.table)
+    self.check()
     jax.tree.map(np.testing.assert_array_equal, before, frozen)  # the old state is still what it was
     for slot in np.flatnonzero(np.asarray(events.ids) != NOBODY):
       id = int(events.ids[slot])
@@ -131,9 +156,7 @@ class Server:
     for id, (prompt, params) in self.asked.items():
       if id in self.ended:
         assert (self.got[id], self.ended[id]) == expected(prompt, params), f"request {id}"
-    held = np.asarray(self.state.holders) != NOBODY
-    if not held.any():
-      assert int(self.state.table.num_free) == self.state.table.num_pages
+    assert int(self.state.table.num_free) == self.state.table.num_pages
 
 
 def prompt_of(n, seed=0):
@@ -247,39 +270,6 @@ def test_a_batch_is_queued_in_order_and_may_hold_gaps():
   assert ids.tolist() == [0, 1, 2, 3, NOBODY, NOBODY, NOBODY, NOBODY]
 
 
-def test_a_held_prefix_is_computed_once_and_shared():
-  server = Server()
-  prefix = prompt_of(10)
-  held = server.submit(prefix, hold=True, max_tokens=1)
-  ids = [server.submit([*prefix, *prompt_of(3, i)], max_tokens=6) for i in range(1, 4)]
-  stranger = server.submit(prompt_of(7, 9), max_tokens=3)
-  whole = server.submit(prefix, max_tokens=3)  # nothing but the prefix: its last token is computed again
-  server.finish()
-  assert set(server.ended) == {*ids, stranger, whole}
-  computed = sum(int(plan.scheduled.sum()) for plan, _ in server.log)
-  assert computed == 10 + 3 * (3 + 5) + (7 + 2) + (1 + 2)
-  assert server.state.finish[0] == HELD and int(server.state.table.num_free) == 13
-  assert max(int(events.pages_shared) for _, events in server.log) >= 2
-  server.cancel(held)
-  assert int(server.state.table.num_free) == 16
-
-
-def test_requests_of_a_prefix_that_was_let_go_run_without_it():
-  server = Server(slots=2)
-  prefix = prompt_of(9)
-  held = server.submit(prefix, hold=True, max_tokens=1)
-  server.submit([*prefix, 3], max_tokens=4)
-  server.step()
-  server.cancel(held)
-  server.finish()
-  assert len(server.ended) == 1
-
-
-def test_prefixes_are_refused_when_all_holders_are_taken():
-  server = Server(prefixes=2)
-  assert [server.submit(prompt_of(4, i), hold=True, max_tokens=1) for i in range(3)] == [0, 1, NOBODY]
-
-
 def test_what_the_pool_can_never_hold_is_ended_and_blocks_nobody():
   server = Server(slots=2, pages=4, page_size=4, budget=8, max_seq_len=32)  # a slot may hold more than the pool
   too_long = server.submit(prompt_of(17), max_tokens=4)
@@ -291,15 +281,6 @@ def test_what_the_pool_can_never_hold_is_ended_and_blocks_nobody():
   alone = expected(*server.asked[outgrows])[0]
   assert server.got[outgrows] == alone[: len(server.got[outgrows])] and len(server.got[outgrows]) == 7
   assert server.got[good] == expected(*server.asked[good])[0]
-
-
-def test_a_prefix_that_cannot_be_held_frees_its_place():
-  server = Server(slots=2, pages=3, page_size=4, budget=8, max_seq_len=32)
-  server.submit(prompt_of(20), hold=True, max_tokens=1)
-  child = server.submit([*prompt_of(20), 1], max_tokens=2)
-  good = server.submit(prompt_of(5, 2), max_tokens=4)
-  server.drain()
-  assert server.state.holders.tolist() == [NOBODY] and server.ended == {0: LENGTH, child: LENGTH, good: LENGTH}
 
 
 @pytest.mark.parametrize(
@@ -316,33 +297,39 @@ def test_tokens_do_not_depend_on_pages_slots_or_chunks(shape):
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-  """Submit, hold, cancel and step in any order, on a pool that cannot satisfy everyone."""
+  """Submit, sample, cancel and step in any order, on a pool that cannot satisfy everyone."""
 
-  @initialize(shape=strategies.sampled_from([(3, 6, 4, 8, None), (4, 8, 3, 5, 2), (2, 6, 1, 4, None)]))
-  def start(self, shape):
+  @initialize(
+    shape=strategies.sampled_from([(3, 6, 4, 8, None), (4, 8, 3, 5, 2), (2, 6, 1, 4, None)]),
+    policy=strategies.sampled_from([policies.first_come, policies.by_priority, policies.longest_prefix_first]),
+  )
+  def start(self, shape, policy):
     slots, pages, page_size, budget, chunk = shape
-    self.server = Server(
-      slots=slots, pages=pages, page_size=page_size, budget=budget, chunk=chunk, queue=6, max_seq_len=pages * page_size
-    )
     self.room = pages * page_size
-    self.prefix = []
+    self.server = Server(
+      slots=slots,
+      pages=pages,
+      page_size=page_size,
+      budget=budget,
+      chunk=chunk,
+      queue=6,
+      max_seq_len=self.room,
+      policy=policy,
+    )
+    self.prompts = [[]]
 
   @rule(data=strategies.data())
   def submit(self, data):
-    prefix = data.draw(strategies.sampled_from([[], self.prefix]))
+    prefix = data.draw(strategies.sampled_from(self.prompts))[: data.draw(strategies.integers(0, self.room - 2))]
     room = self.room - len(prefix)
     n = data.draw(strategies.integers(0 if prefix else 1, max(1, room - 2)))
     prompt = [*prefix, *prompt_of(n, data.draw(strategies.integers(0, 3)))]
-    if len(prompt) + 1 <= self.room:
-      most = data.draw(strategies.integers(1, max(1, min(9, self.room - len(prompt)))))
-      stop = data.draw(strategies.lists(strategies.integers(1, VOCAB - 1), max_size=3))
-      self.server.submit(prompt, max_tokens=most, stop_ids=stop)
-
-  @rule(n=strategies.integers(1, 6), seed=strategies.integers(0, 3))
-  def hold(self, n, seed):
-    prefix = prompt_of(min(n, self.room - 1), seed)
-    if self.server.submit(prefix, hold=True, max_tokens=1) != NOBODY:
-      self.prefix = prefix
+    most = data.draw(strategies.integers(1, max(1, min(9, self.room - len(prompt)))))
+    stop = data.draw(strategies.lists(strategies.integers(1, VOCAB - 1), max_size=3))
+    samples = data.draw(strategies.sampled_from([1, 1, 2, 3]))
+    more = dict(tenant=data.draw(strategies.integers(0, 1)), priority=data.draw(strategies.integers(0, 2)))
+    self.server.submit_samples(prompt, samples, max_tokens=most, stop_ids=stop, **more)
+    self.prompts.append(prompt)
 
   @precondition(lambda self: self.server.asked)
   @rule(data=strategies.data())
@@ -355,20 +342,8 @@ class SchedulerMachine(RuleBasedStateMachine):
       self.server.step()
 
   def teardown(self):
-    if not hasattr(self, "server"):
-      return
-    server = self.server
-    server.drain()
-    for id, (prompt, params) in server.asked.items():
-      if id not in server.ended:
-        assert int(server.state.finish[server.state.arrival.tolist().index(id)]) == HELD
-        continue
-      out, why = expected(prompt, params)
-      got = server.got[id]
-      if got == out:
-        assert server.ended[id] in (why, LENGTH)
-      else:  # only a request that outgrew what held prefixes leave of the pool may end early
-        assert server.ended[id] == LENGTH and got == out[: len(got)] and len(self.prefix) > 0
+    if hasattr(self, "server"):
+      self.server.finish()
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)

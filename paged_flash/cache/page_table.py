@@ -102,7 +102,7 @@ def need(table: PageTable, num_tokens: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def extend(
-  table: PageTable, num_tokens: jax.Array, *, max_pages: int | None = None
+  table: PageTable, num_tokens: jax.Array, *, max_pages: int | None = None, spared: jax.Array | None = None
 ) -> tuple[PageTable, PageCopies, jax.Array]:
   """Makes room for `num_tokens` (i32[S]) more tokens in each slot, granting pages on demand.
 
@@ -115,6 +115,7 @@ def extend(
     table: the table; stays good.
     num_tokens: i32[S], zero or more for each slot.
     max_pages: pages that this call may grant at most; the cost grows with it. None for the whole pool.
+    spared: bool[N], pages not to grant although nobody holds them.
 
   Returns:
     table: the new table.
@@ -133,7 +134,8 @@ def extend(
   wanted, copies = need(table, num_tokens)  # i32[S], bool[S]
   fits = (num_tokens >= 0) & (table.seq_lens + num_tokens <= P * table.page_size)
   wanted = jnp.where(fits, wanted, 0)
-  granted = fits & ((wanted == 0) | (jnp.cumsum(wanted) <= jnp.minimum(table.num_free, M)))
+  free = table.ref_counts == 0 if spared is None else (table.ref_counts == 0) & ~spared
+  granted = fits & ((wanted == 0) | (jnp.cumsum(wanted) <= jnp.minimum(jnp.sum(free), M)))
   wanted = jnp.where(granted, wanted, 0)
   copies &= granted
 
@@ -142,7 +144,7 @@ def extend(
   k = jnp.arange(M)
   slot = jnp.searchsorted(end, k, side="right", method="compare_all")  # i32[M]  who gets the k-th page; S when nobody
   position = (table.held - copies - end + wanted)[slot] + k  # i32[M]
-  page = jnp.where(slot < S, _first_free(table, M), table.num_pages)
+  page = jnp.where(slot < S, _first(free, M), table.num_pages)
   pages = table.pages.at[slot, position].set(page, mode="drop")
 
   old_last = _last_page(table)
@@ -182,8 +184,21 @@ def fork(
   lens = table.seq_lens[parent]
   if num_tokens is not None:
     lens = jnp.clip(jnp.asarray(num_tokens), 0, lens)
+  return attach(table, child, table.pages[parent], lens)
+
+
+def attach(table: PageTable, child: jax.Array, pages: jax.Array, num_tokens: jax.Array) -> PageTable:
+  """Makes slots hold pages that are there already, as `fork` does, whoever else holds them or nobody.
+
+  Args:
+    table: the table; stays good.
+    child: i32[F], distinct slots to fill; what they held before is released. A negative child does nothing.
+    pages: i32[F, P] pages of each sequence, read as far as its tokens reach.
+    num_tokens: i32[F] tokens of each sequence.
+  """
+  lens = num_tokens
   shared = jnp.arange(table.pages_per_slot) < cdiv(lens, table.page_size)[:, None]  # bool[F, P]
-  rows = jnp.where(shared, table.pages[parent], NO_PAGE)
+  rows = jnp.where(shared, pages, NO_PAGE)
   used = (child >= 0)[:, None]
   ref_counts = table.ref_counts.at[_masked(table.pages[child], used, table)].add(-1, mode="drop")
   ref_counts = ref_counts.at[_masked(rows, used, table)].add(1, mode="drop")
@@ -252,14 +267,14 @@ def _masked(pages: jax.Array, mask: jax.Array, table: PageTable) -> jax.Array:
   return jnp.where(mask & (pages >= 0), pages, table.num_pages)
 
 
-def _first_free(table: PageTable, count: int) -> jax.Array:
-  """i32[count]: the free pages in order, N past their end.
+def _first(free: jax.Array, count: int) -> jax.Array:
+  """i32[count]: the pages that are `free` (bool[N]), in order, N past their end.
 
   Rank and select over a bit vector (Jacobson 1989): 32 pages to a word, a prefix sum over the words' counts, then the
   bit inside the word by halving. A prefix sum over the pool itself is several times slower on a CPU.
   """
-  free = jnp.pad(table.ref_counts == 0, (0, -table.num_pages % 32)).reshape(-1, 32)  # bool[N/32, 32]
-  words = jnp.sum(free.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
+  bits = jnp.pad(free, (0, -free.size % 32)).reshape(-1, 32)  # bool[N/32, 32]
+  words = jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
   counts = lax.population_count(words).astype(jnp.int32)
   end = jnp.cumsum(counts)  # i32[N/32]  free pages up to the end of each word
   k = jnp.arange(count)
@@ -270,4 +285,4 @@ def _first_free(table: PageTable, count: int) -> jax.Array:
     upper = rest >= below
     bits, rest = jnp.where(upper, bits >> half, bits), jnp.where(upper, rest - below, rest)
     place += jnp.where(upper, half, 0)
-  return jnp.where(k < end[-1], word * 32 + place, table.num_pages)
+  return jnp.where(k < end[-1], word * 32 + place, free.size)

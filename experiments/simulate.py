@@ -1,0 +1,100 @@
+"""A day at the counter, in seconds: requests arrive at several rates, and wait for memory of several kinds.
+
+    python -m experiments.simulate --config=configs/simulate/opt13b_sharegpt.py
+
+For each allocator and rate: normalised latency (mean of the time from arrival to end per output token), mean batch,
+throughput. The scheduler is the real one; how long a step takes is a roofline model's word.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+
+from paged_flash import simulator
+from paged_flash.analysis import read_trace, show_rates, synthetic
+from paged_flash.experiment import Workdir, main, write_result
+from paged_flash.simulator import Contiguous, Paged, poisson, simulate
+
+LATENCY = {"opt_13b_a100": simulator.opt_13b_a100, "llama_8b_h200": simulator.llama_8b_h200}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+  trace: str = ""  # a file that `analysis.read_trace` knows; "" draws lengths
+  synthetic: str = "sharegpt"  # what to draw (`analysis.synthetic`), where there is no trace
+  num_requests: int = 1000
+  rates: tuple[float, ...] = (1.0, 2.0)  # requests per second, Poisson; for a trace that has times, they are scaled
+  latency: str = "opt_13b_a100"  # or "llama_8b_h200"
+  overhead_s: float | None = None  # of a step, in place of the latency model's
+  page_size: int = 16
+  reserve: tuple[str, ...] = ("max", "pow2", "oracle")  # the contiguous allocators
+  max_seq_len: int = 2048
+  num_slots: int = 64
+  num_tokens: int = 15_728  # of memory
+  token_budget: int = 2048
+  paper_rate: float = 0.0  # to print beside ours: at this rate
+  paper_batch: tuple[float, ...] = ()  # the mean batch of `reserve` and of pages
+  result: str = ""  # name under experiments/results/simulate/<device>/ to write to; "" writes none
+
+
+def run(config: Config, workdir: Workdir) -> list[dict]:
+  if config.latency not in LATENCY:
+    raise ValueError(f"config.latency must be one of {', '.join(LATENCY)}, got {config.latency!r}")
+  latency = LATENCY[config.latency]()
+  if config.overhead_s is not None:
+    latency = dataclasses.replace(latency, overhead_s=config.overhead_s)
+  if config.trace:
+    trace = read_trace(config.trace).first(config.num_requests)
+  else:
+    trace = synthetic(config.synthetic, config.num_requests, max_seq_len=config.max_seq_len)
+  size, rows = config.page_size, []
+  memories: dict[str, Paged | Contiguous] = {
+    how: Contiguous(num_tokens=config.num_tokens, reserve=how, max_seq_len=config.max_seq_len) for how in config.reserve
+  }
+  memories["paged"] = Paged(num_pages=config.num_tokens // size, page_size=size)
+  for allocator, memory in memories.items():
+    for rate in config.rates:
+      arrivals = poisson(rate, trace.prompt_lens.size)
+      if trace.arrivals is not None:  # the trace's own bursts, faster or slower
+        arrivals = trace.arrivals * (trace.arrivals.size / trace.arrivals[-1] / rate)
+      served = simulate(
+        trace.prompt_lens,
+        trace.output_lens,
+        memory=memory,
+        num_slots=config.num_slots,
+        token_budget=config.token_budget,
+        arrivals=arrivals,
+        latency=latency,
+      )
+      first = served.first_token - served.arrival
+      rows.append(
+        dict(
+          trace=trace.name,
+          allocator=allocator,
+          rate=rate,
+          normalised_latency=served.normalised_latency,
+          mean_running=float(served.mean.running),
+          tokens_per_second=served.throughput,
+          median_first_token_s=float(np.median(first)),
+          p99_first_token_s=float(np.percentile(first, 99)),
+          queued=served.queued_seconds / served.seconds,
+          preemptions=int(served.preemptions.sum()),
+          steps=served.num_steps,
+        )
+      )
+      workdir.log(**rows[-1])
+  for allocator, batch in zip(memories, config.paper_batch, strict=False):
+    for row in rows:
+      if (row["allocator"], row["rate"]) == (allocator, config.paper_rate):
+        row["paper_batch"] = batch
+  print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+  workdir.save_figure("rates.png", show_rates(rows))
+  if config.result:
+    recorded = dataclasses.asdict(config) | dict(trace=trace.name)
+    print(write_result("simulate", rows, name=config.result, config=recorded))
+  return rows
+
+
+if __name__ == "__main__":
+  main(run)

@@ -1,0 +1,129 @@
+"""Charts of simulated serving: who has the memory, latency over the request rate, what the page size costs.
+
+They take the rows that the experiments memory and simulate write. No pyplot, no global state.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+from paged_flash.analysis.pictures import Picture
+
+PARTS = {  # of the memory, and their colours
+  "used": ("holds tokens", "#4878a8"),
+  "reserved": ("reserved, used later", "#8fb8de"),
+  "internal": ("reserved, never used", "#f4a259"),
+  "rounding": ("rest of buddy blocks", "#c0392b"),
+  "external": ("free, but too small a block", "#e6a39b"),
+  "free": ("free", "#eceff3"),
+}
+_COLOURS = ("#c0392b", "#4878a8", "#f4a259", "#8cb369", "#c78bd1", "#5fc3b5")
+_OURS = "paged"
+Row = Mapping[str, Any]
+
+
+def show_memory_split(rows: Sequence[Row]) -> Picture:
+  """Draws how the memory of a loaded server is divided: a bar for each allocator.
+
+  Args:
+    rows: "allocator", and a share for each of `PARTS`.
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  if not rows:
+    raise ValueError("rows must be at least one record, got none")
+  figure = Picture(figsize=(7.4, 1.2 + 0.42 * len(rows)), layout="constrained")
+  ax = figure.subplots()
+  places, left = np.arange(len(rows)), np.zeros(len(rows))
+  for part, (label, colour) in PARTS.items():
+    shares = np.array([row[part] for row in rows])
+    if shares.max() > 5e-4:
+      ax.barh(places, shares, left=left, color=colour, label=label, height=0.68, edgecolor="white", lw=0.6)
+      for place, share, start in zip(places.tolist(), shares.tolist(), left.tolist(), strict=True):
+        if share > 0.05:
+          ink = "white" if part in ("used", "rounding") else "#1f2933"
+          ax.text(start + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
+    left += shares
+  ax.set_yticks(places, [row["allocator"] for row in rows])
+  ax.invert_yaxis()
+  ax.set(xlim=(0, 1), xlabel="share of the KV memory, while requests wait")
+  ax.xaxis.set_major_formatter(PercentFormatter(1))
+  ax.spines[["top", "right", "left"]].set_visible(False)
+  figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+  return figure
+
+
+def show_rates(rows: Sequence[Row]) -> Picture:
+  """Draws normalised latency and mean batch over the request rate, a line for each allocator.
+
+  Args:
+    rows: "allocator", "rate" in requests/s, "normalised_latency" in s/token, "mean_running".
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  if not rows:
+    raise ValueError("rows must be at least one record, got none")
+  figure = Picture(figsize=(8.6, 3.5), layout="constrained")
+  latency, batch = figure.subplots(1, 2)
+  for name, colour in _colours(rows).items():
+    here = sorted((r["rate"], r["normalised_latency"], r["mean_running"]) for r in rows if r["allocator"] == name)
+    rate, seconds, running = zip(*here, strict=True)
+    wide = 2.2 if name.startswith(_OURS) else 1.5
+    latency.plot(rate, seconds, "o-", ms=3.5, color=colour, label=name, lw=wide)
+    batch.plot(rate, running, "o-", ms=3.5, color=colour, lw=wide)
+  least = min(row["normalised_latency"] for row in rows)
+  latency.set(ylim=(0, max(1.0, 3 * least)), ylabel="normalised latency, s per output token")
+  batch.set(ylabel="requests in the batch, mean")
+  batch.set_ylim(bottom=0)
+  for ax in (latency, batch):
+    ax.set_xlim(left=0)
+    ax.set_xlabel("requests per second")
+    ax.grid(lw=0.4)
+    ax.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+  return figure
+
+
+def show_page_sizes(rows: Sequence[Row]) -> Picture:
+  """Draws the share of held memory that is wasted, and the mean batch, over the page size, a line for each trace.
+
+  Args:
+    rows: "trace", "page_size", "waste", "loaded_running" (while requests waited); rows of page_size 0 are left out.
+
+  Raises:
+    ValueError: if there are no rows with pages.
+  """
+  rows = [row for row in rows if row["page_size"]]
+  if not rows:
+    raise ValueError("rows must be at least one record with pages, got none")
+  figure = Picture(figsize=(8.6, 3.3), layout="constrained")
+  waste, batch = figure.subplots(1, 2)
+  for name, colour in zip(dict.fromkeys(row["trace"] for row in rows), _COLOURS, strict=False):
+    here = sorted((r["page_size"], r["waste"], r["loaded_running"]) for r in rows if r["trace"] == name)
+    sizes, wasted, running = (np.array(column) for column in zip(*here, strict=True))
+    waste.plot(sizes, wasted, "o-", ms=3.5, color=colour, label=name)
+    batch.plot(sizes, running / running.max(), "o-", ms=3.5, color=colour)
+  waste.set_ylabel("held memory without tokens")
+  batch.set_ylabel("mean batch, of the best")
+  for ax in (waste, batch):
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(sorted({row["page_size"] for row in rows})))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("tokens per page")
+    ax.grid(lw=0.4)
+    ax.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+  return figure
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+  """A colour for each allocator, ours first."""
+  names = sorted(dict.fromkeys(row["allocator"] for row in rows), key=lambda name: not name.startswith(_OURS))
+  return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}

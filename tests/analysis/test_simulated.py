@@ -1,0 +1,50 @@
+"""Charts of simulated serving draw what the rows say."""
+
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+
+from paged_flash.analysis import show_memory_split, show_page_sizes, show_rates
+from paged_flash.analysis.simulated import PARTS
+
+
+def test_memory_split_is_bars_end_to_end():
+  rows = [
+    dict(allocator="max", **dict(zip(PARTS, (0.2, 0.1, 0.5, 0, 0.2, 0), strict=True))),
+    dict(allocator="paged 16", **dict(zip(PARTS, (0.9, 0, 0.04, 0, 0, 0.06), strict=True))),
+  ]
+  (ax,) = show_memory_split(rows).axes
+  ends = {}
+  for i, bar in enumerate(ax.patches):  # part by part, an allocator each
+    assert isinstance(bar, Rectangle)
+    assert bar.get_x() == pytest.approx(ends.get(i % 2, 0))
+    ends[i % 2] = bar.get_x() + bar.get_width()
+  assert ends == {0: pytest.approx(1), 1: pytest.approx(1)}
+  assert [text.get_text() for text in ax.texts] == ["20%", "90%", "10%", "50%", "20%", "6%"]
+
+
+def test_rates_are_a_line_for_each_allocator():
+  rows = [
+    dict(allocator=name, rate=rate, normalised_latency=rate * k, mean_running=10 * rate)
+    for k, name in enumerate(("max", "paged"), start=1)
+    for rate in (2.0, 1.0)
+  ]
+  latency, batch = show_rates(rows).axes
+  assert {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in latency.lines} == {
+    "max": [1, 2],
+    "paged": [2, 4],
+  }
+  assert np.asarray(batch.lines[0].get_ydata()).tolist() == [10, 20]
+
+
+def test_page_sizes_leave_contiguous_rows_out():
+  rows = [dict(trace="t", page_size=size, waste=size / 100, loaded_running=40 - size) for size in (0, 16, 1)]
+  waste, batch = show_page_sizes(rows).axes
+  assert np.asarray(waste.lines[0].get_ydata()).tolist() == [0.01, 0.16]
+  assert np.asarray(batch.lines[0].get_ydata()).tolist() == pytest.approx([1, 24 / 39])
+
+
+@pytest.mark.parametrize("draw", [show_memory_split, show_rates, show_page_sizes])
+def test_nothing_to_draw_is_refused(draw):
+  with pytest.raises(ValueError, match="got none"):
+    draw([])
