@@ -43,6 +43,8 @@ _PARAMS = {
   "top_k": "int",
   "top_p": "number",
   "seed": "int",
+  "tenant": "int",
+  "priority": "int",
   "stop": "texts",
   "stop_ids": "ints",
   "ignore_eos": "bool",

@@ -84,10 +84,11 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
         )
       )
       workdir.log(**rows[-1])
-  for allocator, batch in zip(memories, config.paper_batch, strict=False):
-    for row in rows:
-      if (row["allocator"], row["rate"]) == (allocator, config.paper_rate):
-        row["paper_batch"] = batch
+  if config.paper_batch:
+    theirs = dict(zip(memories, config.paper_batch, strict=True))
+    rows = [
+      row | dict(paper_batch=theirs[row["allocator"]] if row["rate"] == config.paper_rate else None) for row in rows
+    ]
   print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f"{x:.3g}"))
   workdir.save_figure("rates.png", show_rates(rows))
   if config.result:

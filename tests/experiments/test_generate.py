@@ -30,6 +30,7 @@ def test_every_field_reaches_the_request(prompts):
   fields: dict[str, Any] = dict(
     min_tokens=2, temperature=1, top_k=5, top_p=0.5, seed=9, stop=["x"], stop_ids=[3], ignore_eos=True, max_tokens=4
   )
+  fields |= dict(tenant=3, priority=-1)
   text = json.dumps({"id": "a", "prompt": "Grüße"} | fields) + '\n\n{"id": 7, "prompt_ids": [1, 2]}\n'
   first, second = generate.read_lines(prompts("\ufeff" + text), max_tokens=11)  # with a byte-order mark
   assert (first.id, first.prompt, first.params, first.error) == ("a", "Grüße", Params(**fields), "")
