@@ -372,7 +372,7 @@ def cancel(
 
 
 def _victims(state: State, slot, runs, need, free) -> tuple[jax.Array, jax.Array]:
-  """Whom to serve and whom to keep when the pool cannot serve all. Everything [S], in order of arrival.
+  """Whom to serve and whom to keep when the pool cannot serve all. Everything [S], in the order of `plan`.
 
   Serving the first m requests takes the sum of their needs; pages come from the free ones and from those that only
   later requests hold. Both sides are monotone in m, so the most that can be served is a count.
@@ -382,10 +382,10 @@ def _victims(state: State, slot, runs, need, free) -> tuple[jax.Array, jax.Array
     kept: bool[S] keep their slots and pages: the served, and the one after them if its pages are not needed.
   """
   S, table = runs.size, state.table
-  rank = jnp.full(table.num_slots, -1).at[slot].set(jnp.arange(S))
+  rank = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
   held = jnp.where(table.pages >= 0, table.pages, table.num_pages)
-  first = jnp.full(table.num_pages, S).at[held].min(rank[:, None], mode="drop")  # earliest holder of each page
-  only = jnp.zeros(S, jnp.int32).at[jnp.where((first >= 0) & (table.ref_counts > 0), first, S)].add(1, mode="drop")
+  first = jnp.full(table.num_pages, S).at[held].min(rank[:, None], mode="drop")  # first holder of each page
+  only = jnp.zeros(S, jnp.int32).at[first].add(1, mode="drop")
   freed = jnp.cumsum(only[::-1])[::-1]  # freed[m]: pages held by nobody before rank m
   cost = jnp.cumsum(need)  # cost[m - 1]: to serve the first m
   m = jnp.sum(runs & (cost <= free + jnp.pad(freed[1:], (0, 1))))

@@ -17,7 +17,6 @@ from paged_flash.state import NOBODY, State, StepPlan
 
 def release(state: State, done: jax.Array) -> State:
   """The state with the pages of the slots in `done` (bool[S]) given back; those in the index can be found again."""
-
   index = state.index
   freed = jnp.zeros(0, jnp.int32) if index is None else index.freed
 

@@ -24,7 +24,7 @@ from jax import lax
 from paged_flash.cache.page_table import NO_PAGE, PageTable
 
 ABSENT = -1  # as `before`: the page is not in the index
-_WAYS = 16  # pages that one bucket can name; with twice as many buckets as half the pages, overflow is a curiosity
+_WAYS = 16  # pages that one bucket can name, where two fall to it at most on average: overflow is a curiosity
 _BASES = np.array([0x01000193, 0x9E3779B1], np.uint32)  # odd, so that their powers never vanish
 _RENUMBER = 2**30
 

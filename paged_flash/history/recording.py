@@ -189,9 +189,9 @@ class Recording:
 
     Returns:
       "held", "shared", "cached": pages in use, those of them held more than once, and those that nobody holds but that
-      can be found again; "waiting": requests; "preempted": how many
-      lost their slots; "slots": the request in each slot, -1 for none; "did": for each slot what it did, one of "",
-      "prefill", "recompute", "decode", "paused", "preempted" (the request in "slots" is then the one that lost it).
+      can be found again; "waiting": requests; "preempted": how many lost their slots; "slots": the request in each
+      slot, -1 for none; "did": for each slot what it did, one of "", "prefill", "recompute", "decode", "paused",
+      "preempted" (the request in "slots" is then the one that lost it).
     """
     return words.records(self.moments(), self.engine.plan)
 

@@ -192,9 +192,8 @@ class _Life:
       return lines
     table, p = jax.tree.map(np.asarray, (plan(m.before)[0].table, plan(m.before)[1]))
     if id in m.said.preempted:
-      lost = int(m.before.table.seq_lens[before[0]])
       self._preempted, self._paused, self._chunks, self.pages = self._preempted + 1, 0, [], 0
-      lines.append(f"{at}preempted, because {_need(m.before)}; {_count(lost, 'computed token')} lost")
+      lines.append(f"{at}preempted, because {_need(m.before)}; {_count(m.said.preempted[id], 'computed token')} lost")
       return lines
     slot = int(np.flatnonzero(p.rows == row)[0])
     start, count, total = int(p.starts[slot]), int(p.scheduled[slot]), int(m.before.requests.num_tokens[row])
