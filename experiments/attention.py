@@ -10,7 +10,6 @@ written after each case, so a run that is cut off loses only the case it was at.
     --config.peers=cudnn --config.peers=fa3          only these peers
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -29,11 +28,11 @@ from absl import logging
 
 import paged_flash as pf
 from experiments.attention_cases import STAGES, Case, Inputs, Reference, make_inputs, references, worst_error
+from experiments.comparison import Measured, check_names, compile_all, one_line, sampler, select, time_rows
 from experiments.peers.jax_attention import PEERS as JAX_PEERS
 from experiments.peers.jax_attention import Peer
 from paged_flash.analysis import show_attention_bars, show_attention_sweep
-from paged_flash.experiment import Workdir, call_seconds, compare, kernel_seconds, main, write_result
-from paged_flash.experiment.config import did_you_mean
+from paged_flash.experiment import Workdir, main, write_result
 
 TORCH_PEERS = {"torch_cudnn": "cuDNN in PyTorch", "torch_fa2": "FlashAttention-2 in PyTorch", "fa4": "FlashAttention-4"}
 IMPLIED = "fa4_implied"
@@ -62,37 +61,6 @@ class Config:
   seconds: float = 480.0  # no case is begun later than this
   figure: str = "bars"  # a name of FIGURES
   result: str = ""  # name under experiments/results/attention/<device>/ to write to; "" writes none
-
-
-@dataclasses.dataclass
-class Measured:
-  """What one implementation did on one case and stage."""
-
-  case: Case
-  stage: str
-  peer: str
-  seconds: float | None = None  # median; None where it did not run
-  p10: float | None = None
-  p90: float | None = None
-  calls: int = 0
-  error: float | None = None  # by what is allowed; above 1 is wrong
-  note: str = ""
-
-  @property
-  def counts(self) -> bool:
-    return self.seconds is not None and (self.error is None or self.error <= 1)
-
-  def record(self) -> dict[str, Any]:
-    seconds, case = self.seconds, self.case
-    record = dict(case=case.name, stage=self.stage, peer=self.peer, label=LABELS.get(self.peer, self.peer))
-    shape = ("batch", "seq_len", "num_heads", "num_kv_heads", "head_dim", "is_causal")
-    record |= {name: getattr(case, name) for name in shape}
-    record |= {
-      key: None if s is None else 1e6 * s for key, s in (("us", seconds), ("p10", self.p10), ("p90", self.p90))
-    }
-    flops = 0.0 if self.peer == "matmul" else case.flops(self.stage)  # the ceiling's are not the case's
-    record |= dict(tflops=flops / seconds / 1e12 if seconds and flops else None, calls=self.calls)
-    return record | dict(error=None if self.error is None else min(self.error, 1e9), note=self.note)
 
 
 class TorchPeers:
@@ -149,26 +117,16 @@ def call_arguments(case: Case, segments: Any, lengths: Any, implementation: str)
   )
 
 
-def one_line(error: Exception) -> str:
-  text = (str(error).strip() or "no text").splitlines()[0][:200]
-  return text if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
-
-
-def compile_all(
+def programs_of(
   peers: dict[str, Peer], case: Case, inputs: Inputs, stages: Sequence[str], threads: int
 ) -> dict[tuple[str, str], tuple[Callable | None, str]]:
-  """Compiles every peer and stage side by side; where that fails, None and why."""
+  """Every peer's program of every stage, compiled; where that fails, None and why."""
 
-  def build(name: str, stage: str):
-    try:
-      operands = peers[name].inputs(case, inputs)
-      return jax.jit(peers[name].program(case, stage)).lower(*operands).compile(), ""
-    except Exception as error:  # a peer may fail in any way: its row says how
-      return None, one_line(error)
+  def build(name: str, stage: str) -> Callable:
+    return jax.jit(peers[name].program(case, stage)).lower(*peers[name].inputs(case, inputs)).compile()
 
   keys = [(name, stage) for stage in stages for name in peers]
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    return dict(zip(keys, pool.map(build, *zip(*keys, strict=True)), strict=True))
+  return compile_all({key: functools.partial(build, *key) for key in keys}, threads)
 
 
 def run_case(
@@ -181,9 +139,8 @@ def run_case(
 ) -> list[Measured]:
   """Checks and times all implementations on a case; the peer "matmul" is the ceiling."""
   stages = [stage for stage in STAGES if stage in config.stages]
-  programs = compile_all(peers, case, inputs, stages, config.compile_threads)
+  programs = programs_of(peers, case, inputs, stages, config.compile_threads)
   expected = references(case, inputs)
-  sample = functools.partial(kernel_seconds if jax.default_backend() == "gpu" else call_seconds, repeats=config.repeats)
   done = []
   for stage in stages:
     rows = {name: Measured(case, stage, name) for name in (*peers, *(torch_names(config) if torch else ()), "matmul")}
@@ -194,7 +151,7 @@ def run_case(
         operands = peer.inputs(case, inputs)
         rows[name].error, rows[name].note = check(peer, program, operands, case, expected)
         if rows[name].error is not None:
-          samplers[name] = functools.partial(sample, program, *operands)
+          samplers[name] = sampler(program, *operands, repeats=config.repeats)
     for name in torch_names(config) if torch else ():
       assert torch is not None
       if case.is_masked:
@@ -225,28 +182,6 @@ def check(
   return error, "" if error <= 1 else f"WRONG: its error is {error:.3g} x what is allowed"
 
 
-def time_rows(rows: dict[str, Measured], samplers: dict[str, Callable[[], list[float]]], rounds: int) -> None:
-  """Fills in the times of the rows that have a sampler; one that fails gets a note, and the others start again."""
-  turn = ""
-
-  def guarded(name: str) -> list[float]:
-    nonlocal turn
-    turn = name
-    return samplers[name]()
-
-  while samplers:
-    try:
-      timings = compare({name: functools.partial(guarded, name) for name in samplers}, rounds)
-    except Exception as error:  # as in compile_all
-      rows[turn].note = one_line(error)
-      samplers = {name: sampler for name, sampler in samplers.items() if name != turn}
-      continue
-    for name, timing in timings.items():
-      row = rows[name]
-      row.seconds, row.p10, row.p90, row.calls = timing.median, timing.p10, timing.p90, timing.repeats
-    return
-
-
 def torch_names(config: Config) -> list[str]:
   return [name for name in config.peers if name in TORCH_PEERS]
 
@@ -266,7 +201,7 @@ def summary(measured: list[Measured], config: Config) -> list[dict[str, Any]]:
       others = {name: m.seconds for name, m in here.items() if m.counts and m.seconds is not None}
       best = min(others, key=lambda name: others[name], default=None)
       peak = None if matmul.seconds is None else 2 * config.matmul_size**3 / matmul.seconds / 1e12
-      speed = mine.record()["tflops"]
+      speed = record(mine)["tflops"]
       row = dict(case=case.name, stage=stage, ours_us=None if mine.seconds is None else 1e6 * mine.seconds)
       row |= dict(ours_tflops=speed, ceiling_tflops=peak, of_ceiling=speed / peak if speed and peak else None)
       row |= dict(best_peer=best and LABELS[best], best_peer_us=1e6 * others[best] if best else None)
@@ -294,29 +229,35 @@ def matmul(size: int, repeats: int) -> Callable[[], list[float]]:
   """A sampler of a square bf16 matrix product of random numbers."""
   a, b = jax.random.normal(jax.random.key(1), (2, size, size), jnp.bfloat16)
   product = jax.jit(jnp.matmul).lower(a, b).compile()
-  sample = kernel_seconds if jax.default_backend() == "gpu" else call_seconds
-  return functools.partial(sample, product, a, b, repeats=repeats)
+  return sampler(product, a, b, repeats=repeats)
 
 
-def select(config: Config) -> list[Case]:
+def cases_of(config: Config) -> list[Case]:
   """The cases to run.
 
   Raises:
     ValueError: an unknown peer, stage or figure, or no case of that name.
   """
-  fields = dict(peer=(config.peers, LABELS), stage=(config.stages, STAGES), figure=((config.figure,), FIGURES))
-  for kind, (asked, known) in fields.items():
-    for name in asked:
-      if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}.{did_you_mean(name, known)}")
-  cases = [case for case in config.problems if not config.cases or any(part in case.name for part in config.cases)]
-  if not cases:
-    raise ValueError(f"config.cases must name one of the problems, got {config.cases}")
-  return cases
+  for kind, asked, known in (
+    ("peer", config.peers, LABELS),
+    ("stage", config.stages, STAGES),
+    ("figure", (config.figure,), FIGURES),
+  ):
+    check_names(kind, asked, known)
+  return select(config.problems, config.cases)
+
+
+def record(measured: Measured) -> dict[str, Any]:
+  """What metrics.jsonl and the result say of a measurement."""
+  case, seconds = measured.case, measured.seconds
+  details = ("batch", "seq_len", "num_heads", "num_kv_heads", "head_dim", "is_causal")
+  flops = 0.0 if measured.peer == "matmul" else case.flops(measured.stage)  # the ceiling's are not the case's
+  tflops = flops / seconds / 1e12 if seconds and flops else None
+  return measured.record(LABELS, **{name: getattr(case, name) for name in details}, tflops=tflops)
 
 
 def run(config: Config, workdir: Workdir) -> list[dict]:
-  start, cases = time.monotonic(), select(config)
+  start, cases = time.monotonic(), cases_of(config)
   logging.set_verbosity(logging.ERROR)  # tokamax warns of every shape that it was not tuned for
   peers = {"ours": ours(config)} | {name: JAX_PEERS[name] for name in config.peers if name in JAX_PEERS}
   torch = TorchPeers(workdir.path / "torch.log") if torch_names(config) else None
@@ -333,22 +274,22 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
     measured += (new := run_case(case, inputs, config, peers, torch, ceiling))
     rows = summary(measured, config)
     for each in new:
-      workdir.log(**each.record())
-      print(f"  {each.stage:17s} {LABELS.get(each.peer, each.peer):48s} {describe(each)}", flush=True)
+      workdir.log(**record(each))
+      print(f"  {each.stage:17s} {LABELS.get(each.peer, each.peer):48s} {each}", flush=True)
     if config.result:
       path = write_result(
         "attention",
         rows,
         name=config.result,
-        timings=[each.record() for each in measured],
+        timings=[record(each) for each in measured],
         matmul_flops=2 * config.matmul_size**3,
         explained=explained,
         peer_versions=versions,
         config=dataclasses.asdict(config),
       )
   print_summary(rows)
-  records = [each.record() for each in measured]
-  if any(record["us"] is not None for record in records):
+  records = [record(each) for each in measured]
+  if any(each["us"] is not None for each in records):
     picture = FIGURES[config.figure](records, matmul_flops=2 * config.matmul_size**3)
     workdir.save_figure(f"{config.figure}.png", picture)
   if left:
@@ -368,16 +309,6 @@ def explain(case: Case, inputs: Inputs, config: Config) -> list[str]:
   except ValueError as error:  # a named implementation does not support the case
     lines = [str(error)]
   return [line.strip() for line in lines]
-
-
-def describe(measured: Measured) -> str:
-  if measured.seconds is None:
-    return measured.note
-  text = f"{1e6 * measured.seconds:10.1f} us"
-  if measured.p10 is not None and measured.p90 is not None:
-    text += f" ({1e6 * measured.p10:.1f} to {1e6 * measured.p90:.1f})"
-  text += "" if measured.error is None else f", error {measured.error:.2f} of the allowed"
-  return f"{text} {measured.note}"
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:

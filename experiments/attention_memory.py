@@ -19,8 +19,9 @@ from typing import Any
 import jax
 
 from experiments.attention import Config as TimingConfig
-from experiments.attention import one_line, ours
+from experiments.attention import ours
 from experiments.attention_cases import STAGES, Case, make_inputs
+from experiments.comparison import one_line
 from experiments.peers.jax_attention import Peer, plain_xla
 from paged_flash.analysis import human_bytes
 from paged_flash.experiment import Workdir, main, write_result

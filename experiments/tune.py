@@ -20,8 +20,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.attention import call_arguments, one_line
+from experiments.attention import call_arguments
 from experiments.attention_cases import Case, Inputs, Reference, make_inputs, references, worst_error
+from experiments.comparison import one_line
 from paged_flash import tuning
 from paged_flash.attention import KERNELS
 from paged_flash.experiment import Workdir, call_seconds, compare, kernel_seconds, main

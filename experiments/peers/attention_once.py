@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.attention import Config, one_line, ours
+from experiments.attention import Config, ours
 from experiments.attention_cases import Case, make_inputs
+from experiments.comparison import one_line
 from experiments.peers.jax_attention import PEERS
 
 

@@ -192,7 +192,7 @@ def test_a_torch_process_that_ended_is_an_error_and_no_crash(tmp_path: pathlib.P
 )
 def test_wrong_names_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
-    attention.select(attention.Config(problems=(SMALL,), **fields))
+    attention.cases_of(attention.Config(problems=(SMALL,), **fields))
 
 
 def test_search_for_the_longest_sequence():
