@@ -296,12 +296,12 @@ def forward(
 
     @pl.when(warpgroup < lanes)
     def _():
-      plgpu.set_max_registers(232 if lanes == 1 else 240, action="increase")
+      plgpu.set_max_registers(232, action="increase")
       compute(warpgroup)
 
     @pl.when(warpgroup == lanes)
     def _():
-      plgpu.set_max_registers(40 if lanes == 1 else 32, action="decrease")
+      plgpu.set_max_registers(40, action="decrease")  # a launch of 3 warpgroups has 504 a lane: 2 x 232 + 40
 
       @plgpu.warp_map
       def _(warp):
