@@ -113,7 +113,7 @@ def make_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
   heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
   keys = jax.random.split(jax.random.key(seed), 4)
   query, key, value, cotangent = (
-    _normal(k, shape=(*rows, h, case.head_dim), dtype=dtype) for k, h in zip(keys, heads, strict=True)
+    normal(k, shape=(*rows, h, case.head_dim), dtype=dtype) for k, h in zip(keys, heads, strict=True)
   )
   if lengths is not None:
     cotangent = jnp.where((jnp.arange(case.seq_len) < lengths[:, None])[..., None, None], cotangent, 0)
@@ -121,7 +121,8 @@ def make_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: jax.Array, *, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def normal(key: jax.Array, *, shape: tuple[int, ...], dtype: str) -> jax.Array:
+  """Standard normal numbers."""
   return jax.random.normal(key, shape).astype(dtype)  # drawn in float32: 16 bits have too few distinct values
 
 
@@ -195,17 +196,37 @@ def _head(arrays, row, kv_head, counts: tuple[int, ...]) -> list[jax.Array]:
   ]
 
 
-def _plain(query, key, value, cotangent, low, high, *, scale: float, dtype: Any) -> tuple[jax.Array, ...]:
-  """Attention of one KV head with the whole score matrix, and its gradients, computed in `dtype`; returns float32."""
+def plain_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float, dtype: Any
+) -> jax.Array:
+  """Attention of one KV head with the whole score matrix, computed in `dtype`.
+
+  Args:
+    query: [T, G, D].
+    key: [S, D].
+    value: [S, D].
+    mask: bool[T, S].
+    scale: of the scores.
+    dtype: of all but the softmax, which is float32.
+
+  Returns:
+    [T, G, D] in `dtype`; 0 for a query that sees nothing.
+  """
+  query, key, value = (x.astype(dtype) for x in (query, key, value))
   precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+  scores = jnp.einsum("tgd,sd->gts", query, key, precision=precision) * jnp.asarray(scale, dtype)
+  weights = jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -jnp.inf), where=mask, axis=-1)
+  weights = jnp.where(mask.any(-1, keepdims=True), weights, 0).astype(dtype)
+  return jnp.einsum("gts,sd->tgd", weights, value, precision=precision)
+
+
+def _plain(query, key, value, cotangent, low, high, *, scale: float, dtype: Any) -> tuple[jax.Array, ...]:
+  """`plain_attention` of query [T, G, D], key and value [S, 1, D], and its gradients; returns float32."""
   columns = jnp.arange(key.shape[0])
   mask = (columns >= low[:, None]) & (columns < high[:, None])  # bool[T, T]
 
   def attend(query, key, value):
-    scores = jnp.einsum("tgd,skd->gts", query, key, precision=precision) * jnp.asarray(scale, dtype)
-    weights = jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -jnp.inf), where=mask, axis=-1)
-    weights = jnp.where(mask.any(-1, keepdims=True), weights, 0).astype(dtype)
-    return jnp.einsum("gts,skd->tgd", weights, value, precision=precision)
+    return plain_attention(query, key[:, 0], value[:, 0], mask, scale=scale, dtype=dtype)
 
   out, pullback = jax.vjp(attend, *(x.astype(dtype) for x in (query, key, value)))
   return tuple(x.astype(jnp.float32) for x in (out, *pullback(cotangent.astype(dtype))))

@@ -34,6 +34,8 @@ from paged_flash.analysis import (
   show_memory_split,
   show_occupancy,
   show_page_sizes,
+  show_paged_bars,
+  show_paged_sweep,
   show_rates,
 )
 from paged_flash.analysis.pictures import Picture
@@ -49,6 +51,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "attention_sweep": lambda result: show_attention_sweep(result["timings"], matmul_flops=result["matmul_flops"]),
   "attention_memory": lambda result: show_attention_memory(result["rows"]),
   "attention_traffic": lambda result: show_attention_traffic(result["rows"]),
+  # The results of experiments.paged_attention.
+  "paged_bars": lambda result: show_paged_bars(result["timings"]),
+  "paged_sweep": lambda result: show_paged_sweep(result["timings"]),
+  "paged_tflops": lambda result: show_paged_bars(result["timings"], value="tflops"),
   # The results of experiments.memory and experiments.simulate.
   "memory_split": lambda result: show_memory_split(result["rows"]),
   "page_sizes": lambda result: show_page_sizes(result["rows"]),

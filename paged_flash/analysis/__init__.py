@@ -6,6 +6,8 @@ from paged_flash.analysis.charts import (
   show_attention_memory,
   show_attention_sweep,
   show_attention_traffic,
+  show_paged_bars,
+  show_paged_sweep,
 )
 from paged_flash.analysis.memory import KVShape, compare_held, human_bytes
 from paged_flash.analysis.pictures import show, show_occupancy
@@ -30,6 +32,8 @@ __all__ = [
   "show_memory_split",
   "show_occupancy",
   "show_page_sizes",
+  "show_paged_bars",
+  "show_paged_sweep",
   "show_rates",
   "synthetic",
 ]

@@ -1,9 +1,10 @@
-"""Charts of measured attention: speed over the sequence length and of several cases, memory, bytes moved.
+"""Charts of measured attention: speed over lengths and of several cases, memory, bytes moved, pages read.
 
-They take the records that the experiments attention, attention_memory and attention_traffic write. No pyplot, no global
-state.
+They take the records that the experiments attention, attention_memory, attention_traffic and paged_attention write. No
+pyplot, no global state.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from paged_flash.analysis.pictures import Picture
 _OURS, _CEILING = "#c0392b", "#1f2933"
 _COLOURS = ("#4878a8", "#f4a259", "#8cb369", "#c78bd1", "#5fc3b5", "#d9c04c", "#a98467", "#7b8794", "#e6739f")
 _CEILING_LABEL = "matrix product, the ceiling"
+_READ_LABEL = "sum of a large array, the ceiling"
+_SWEPT = {"context": "context", "batch": "sequences", "page_size": "page size"}
 Record = Mapping[str, Any]
 
 
@@ -174,6 +177,85 @@ def show_attention_traffic(rows: Sequence[Record]) -> Picture:
   ax.spines[["top", "right"]].set_visible(False)
   _legend(figure, np.array([ax]))
   return figure
+
+
+def show_paged_bars(timings: Sequence[Record], *, value: str = "tbs") -> Picture:
+  """Draws the speed of every implementation of paged attention as bars, grouped by case.
+
+  Where a case was timed on pages that are not in the L2 cache ("rotated"), that counts.
+
+  Args:
+    timings: the records of experiments.paged_attention: "case", "stage", "peer", "label", "us", "tbs", "tflops",
+      "error". The peer "ours" is ours, "read" the ceiling; what has no time or is wrong is left out.
+    value: "tbs", TB/s of keys and values, with the read rate of each case's minute as a line, or "tflops".
+
+  Raises:
+    ValueError: if no record has a time.
+  """
+  timings = _from_memory(_right(timings))
+  cases = _distinct(timings, "case")
+  colours = _colours([t for t in timings if t["peer"] != "read"])
+  figure = Picture(figsize=(1.5 + 1.3 * max(len(cases), 4), 4.2), layout="constrained")
+  ax = figure.subplots()
+  found = {(t["case"], t["peer"]): t[value] for t in timings}
+  width = 0.84 / len(colours)
+  for index, (peer, (label, colour)) in enumerate(colours.items()):
+    bars = [(place, found[case, peer]) for place, case in enumerate(cases) if (case, peer) in found]
+    if bars:
+      places, speeds = np.array(bars).T
+      ax.bar(places - 0.42 + (index + 0.5) * width, speeds, width, color=colour, label=label)
+  for place, case in enumerate(cases):
+    if value == "tbs" and (case, "read") in found:
+      label = _READ_LABEL if place == 0 else ""
+      ax.hlines(found[case, "read"], place - 0.45, place + 0.45, color=_CEILING, lw=1, ls="--", label=label)
+  ax.set_ylabel("TFLOP/s" if value == "tflops" else "TB/s of keys and values")
+  names = [case.replace(" h", "\nh").replace(" page", "\npage").replace(", ", "\n") for case in cases]
+  ax.set_xticks(range(len(cases)), names, fontsize=7.5)
+  ax.set_xlim(-0.6, len(cases) - 0.4)
+  ax.grid(axis="y", lw=0.4)
+  ax.set_axisbelow(True)
+  ax.spines[["top", "right"]].set_visible(False)
+  _legend(figure, np.array([ax]))
+  return figure
+
+
+def show_paged_sweep(timings: Sequence[Record]) -> Picture:
+  """Draws TB/s of keys and values over the context, the batch and the page size, a panel for each that varies.
+
+  A panel shows the cases that differ from the most frequent one in nothing but its own quantity; the read rate is
+  dashed. Args and errors as in `show_paged_bars`; the records also have "context", "batch" and "page_size".
+  """
+  timings = _from_memory(_right(timings))
+  axes_of = {key: label for key, label in _SWEPT.items() if len(_distinct(timings, key)) > 1} or {"context": "context"}
+  usual = {key: collections.Counter(t[key] for t in timings).most_common(1)[0][0] for key in _SWEPT}
+  colours = _colours([t for t in timings if t["peer"] != "read"])
+  figure = Picture(figsize=(1.2 + 3.4 * len(axes_of), 3.9), layout="constrained")
+  axes = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)
+  for (key, label), ax in zip(axes_of.items(), axes[0], strict=True):
+    here = [t for t in timings if all(t[other] == usual[other] for other in _SWEPT if other != key)]
+    for peer, (name, colour) in colours.items():
+      points = sorted((t[key], t["tbs"]) for t in here if t["peer"] == peer)
+      if points:
+        ax.plot(*zip(*points, strict=True), "o-", color=colour, lw=2.2 if peer == "ours" else 1.4, ms=4, label=name)
+    reads = [t["tbs"] for t in here if t["peer"] == "read"]
+    if reads:
+      ax.axhline(float(np.median(reads)), color=_CEILING, lw=1, ls="--", label=_READ_LABEL)
+    ax.set_xscale("log", base=2)
+    _lengths_axis(ax, [t[key] for t in here])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(label)
+    ax.set_title(", ".join(f"{_SWEPT[k]} {usual[k]}" for k in _SWEPT if k != key), loc="left", fontsize=9)
+    ax.grid(axis="y", lw=0.4)
+    ax.spines[["top", "right"]].set_visible(False)
+  axes[0, 0].set_ylabel("TB/s of keys and values")
+  _legend(figure, axes)
+  return figure
+
+
+def _from_memory(timings: Sequence[Record]) -> list[Record]:
+  """Of each case and peer the record of "rotated", where there is one."""
+  rotated = {(t["case"], t["peer"]) for t in timings if t["stage"] == "rotated"}
+  return [t for t in timings if t["stage"] == "rotated" or (t["case"], t["peer"]) not in rotated]
 
 
 def _right(timings: Sequence[Record]) -> list[Record]:
