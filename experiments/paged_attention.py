@@ -263,12 +263,19 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
     if time.monotonic() - start > config.seconds:
       left.append(case.name)
       continue
-    sets = make_inputs(case, config.dtype, num_sets(case, config))
-    explained[case.name] = explain(case, sets[0], config)
-    print(f"\n{case.name} ({time.monotonic() - start:.0f} s): ours {explained[case.name][0]}", flush=True)
-    new, errors[case.name] = run_case(case, sets, config, peers, read)
+    print(f"\n{case.name} ({time.monotonic() - start:.0f} s)", flush=True)
+    try:
+      sets = make_inputs(case, config.dtype, num_sets(case, config))
+      explained[case.name] = explain(case, sets[0], config)
+      print(f"  ours {explained[case.name][0]}", flush=True)
+      new, errors[case.name] = run_case(case, sets, config, peers, read)
+    except jax.errors.JaxRuntimeError as error:  # no room for the pool, or for what is right
+      new, errors[case.name] = (
+        [Measured(case, "repeated", name, note=one_line(error)) for name in (*peers, "read")],
+        None,
+      )
+    sets = None  # room for the next ones
     measured += new
-    del sets  # room for the next ones
     rows = summary(measured, errors, config, read_bytes)
     for each in new:
       workdir.log(**record(each, config, read_bytes))

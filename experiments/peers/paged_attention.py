@@ -99,7 +99,7 @@ def heads_first(case: Case, inputs: Inputs) -> tuple:
     raise NotImplementedError("it decodes only")
   if case.kv_dtype == "float8_e4m3fn":
     raise NotImplementedError("it takes 8-bit integers, not floats")
-  pools = [None if x is None else x.swapaxes(1, 2).swapaxes(0, 1) for x in (*inputs[1:3], *inputs[6:8])]
+  pools = [None if x is None else jnp.moveaxis(x, 2, 0) for x in (*inputs[1:3], *inputs[6:8])]
   return ((inputs.query * case.scale).astype(inputs.query.dtype), *pools[:2], *inputs[3:5], *pools[2:])
 
 

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from paged_flash.analysis import show_attention_bars, show_attention_memory, show_attention_sweep
+from paged_flash.analysis import (
+  show_attention_bars,
+  show_attention_memory,
+  show_attention_sweep,
+  show_paged_bars,
+  show_paged_sweep,
+)
 
 MATMUL_FLOPS = 1e12
 
@@ -71,3 +77,38 @@ def test_nothing_to_draw_is_refused():
     show_attention_bars([record("ours", 1024, None)], matmul_flops=MATMUL_FLOPS)
   with pytest.raises(ValueError, match="at least one record"):
     show_attention_memory([])
+
+
+def paged(peer: str, tbs: float | None, context: int = 1024, stage: str = "repeated", **fields):
+  kind = dict(case=f"ctx{context}", stage=stage, context=context, batch=2, page_size=16, error=None)
+  kind |= dict(peer=peer, label=peer.upper(), us=None if tbs is None else 1 / tbs, tbs=tbs, tflops=10.0)
+  return kind | fields
+
+
+PAGED = [
+  paged("ours", 9.0),
+  paged("ours", 4.0, stage="rotated"),
+  paged("ours", 5.0, 2048),
+  paged("fa3", 3.0),
+  paged("fa3", 8.0, 2048, error=1.5),
+  paged("read", 4.5),
+  paged("read", 4.7, 2048),
+]
+
+
+def test_paged_bars_show_what_comes_from_memory_and_leave_out_what_is_wrong():
+  (ax,) = show_paged_bars(PAGED).axes
+  bars = {str(bars.get_label()): [patch.get_height() for patch in bars.patches] for bars in ax.containers}
+  assert bars == {"ours": [4, 5], "FA3": [3]}
+  assert len(ax.collections) == 2  # a ceiling for each case
+  (ax,) = show_paged_bars(PAGED[:1], value="tflops").axes
+  assert [patch.get_height() for patch in ax.patches] == [10] and not ax.collections
+
+
+def test_paged_sweep_has_a_panel_for_each_quantity_that_varies():
+  figure = show_paged_sweep([*PAGED, paged("ours", 6.0, case="page8", page_size=8)])
+  assert [ax.get_xlabel() for ax in figure.axes] == ["context", "page size"]
+  lines = [{str(line.get_label()): line.get_xydata() for line in ax.lines} for ax in figure.axes]
+  assert np.asarray(lines[0]["ours"]).tolist() == [[1024, 4], [2048, 5]]
+  assert np.asarray(lines[1]["ours"]).tolist() == [[8, 6], [16, 4]]
+  assert np.asarray(lines[0]["sum of a large array, the ceiling"])[0, 1] == pytest.approx(4.6)
