@@ -23,7 +23,7 @@ from jax import lax
 
 from paged_flash import sharing
 from paged_flash.cache import page_table, prefix
-from paged_flash.cache.page_table import NO_PAGE, cdiv
+from paged_flash.cache.page_table import NO_PAGE, cdiv, count_upto
 from paged_flash.state import (
   CANCELLED,
   LENGTH,
@@ -219,7 +219,7 @@ def plan(
   )
   index, spared = state_out.index, None
   if index is not None:
-    short = jnp.sum(need) - jnp.sum((table.ref_counts == 0) & ~index.cached)
+    short = jnp.sum(need) - page_table.count_true((table.ref_counts == 0) & ~index.cached)
     index = prefix.evict(index, table, short)
     spared = index.cached
   most = cdiv(token_budget, table.page_size) + 2 * S
@@ -264,7 +264,7 @@ def pack(state: State, plan: StepPlan, num_tokens: int | None) -> Packed:
   else:
     query_starts = jnp.pad(jnp.cumsum(plan.scheduled), (1, 0))  # i32[S+1]
     index = jnp.arange(num_tokens)
-    slot = jnp.searchsorted(query_starts[1:], index, side="right", method="compare_all")
+    slot = count_upto(query_starts[1:], index)
     inside, slot = slot < S, jnp.minimum(slot, S - 1)
     position = jnp.where(inside, plan.starts[slot] + index - query_starts[slot], 0)
     last = jnp.maximum(query_starts[1:] - 1, 0)
@@ -321,10 +321,10 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
     running=ids(row >= 0),
     num_waiting=jnp.sum(state.waiting, dtype=jnp.int32),
-    pages_held=table.num_pages - jnp.sum(free, dtype=jnp.int32),
-    pages_shared=jnp.sum(table.ref_counts > 1, dtype=jnp.int32),
+    pages_held=table.num_pages - page_table.count_true(free),
+    pages_shared=page_table.count_true(table.ref_counts > 1),
     pages_saved=jnp.sum(jnp.maximum(table.ref_counts - 1, 0), dtype=jnp.int32),
-    pages_cached=jnp.int32(0) if state.index is None else jnp.sum(free & state.index.cached, dtype=jnp.int32),
+    pages_cached=jnp.int32(0) if state.index is None else page_table.count_true(free & state.index.cached),
     tokens_held=jnp.sum(table.seq_lens, dtype=jnp.int32),
   )
   if state.index is not None:

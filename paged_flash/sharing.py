@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paged_flash.cache import page_table, prefix
-from paged_flash.cache.page_table import NO_PAGE, cdiv
+from paged_flash.cache.page_table import NO_PAGE, cdiv, count_upto
 from paged_flash.state import NOBODY, State, StepPlan
 
 
@@ -76,7 +76,7 @@ def filled(starts: jax.Array, scheduled: jax.Array, page_size: int, token_budget
   count = (starts + scheduled) // page_size - starts // page_size
   end = jnp.cumsum(count)
   k = jnp.arange(token_budget // page_size + S)
-  slot = jnp.searchsorted(end, k, side="right", method="compare_all")
+  slot = count_upto(end, k)
   at = jnp.minimum(slot, S - 1)
   return jnp.stack([slot, jnp.where(slot < S, starts[at] // page_size + k - (end - count)[at], 0)])
 

@@ -48,7 +48,7 @@ class PageTable:
   @property
   def num_free(self) -> jax.Array:  # i32[]
     """Pages nobody holds."""
-    return jnp.sum(self.ref_counts == 0, dtype=jnp.int32)
+    return count_true(self.ref_counts == 0)
 
 
 @jax.tree_util.register_dataclass
@@ -135,14 +135,14 @@ def extend(
   fits = (num_tokens >= 0) & (table.seq_lens + num_tokens <= P * table.page_size)
   wanted = jnp.where(fits, wanted, 0)
   free = table.ref_counts == 0 if spared is None else (table.ref_counts == 0) & ~spared
-  granted = fits & ((wanted == 0) | (jnp.cumsum(wanted) <= jnp.minimum(jnp.sum(free), M)))
+  granted = fits & ((wanted == 0) | (jnp.cumsum(wanted) <= jnp.minimum(count_true(free), M)))
   wanted = jnp.where(granted, wanted, 0)
   copies &= granted
 
   # The k-th page wanted is the k-th free page.
   end = jnp.cumsum(wanted)  # i32[S]
   k = jnp.arange(M)
-  slot = jnp.searchsorted(end, k, side="right", method="compare_all")  # i32[M]  who gets the k-th page; S when nobody
+  slot = count_upto(end, k)  # i32[M]  who gets the k-th page; S when nobody
   position = (table.held - copies - end + wanted)[slot] + k  # i32[M]
   page = jnp.where(slot < S, _first(free, M), table.num_pages)
   pages = table.pages.at[slot, position].set(page, mode="drop")
@@ -258,6 +258,36 @@ def cdiv(a, b):
   return (a + b - 1) // b
 
 
+def packed(mask: jax.Array) -> jax.Array:
+  """Booleans [..., n] as bits, the first of 32 the lowest: u32[..., W]."""
+  bits = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 32)])
+  bits = bits.reshape(*mask.shape[:-1], -1, 32).astype(jnp.uint32)
+  return jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def count_true(mask: jax.Array) -> jax.Array:
+  """How many of the last axis (bool[..., n]) are true, i32[...]: through bits, for a sum is slow on a CPU."""
+  return jnp.sum(lax.population_count(packed(mask)).astype(jnp.int32), axis=-1)
+
+
+def count_upto(ends: jax.Array, k: jax.Array) -> jax.Array:
+  """How many of the ascending `ends` (i32[n]) are at most each of `k` (i32[m]): i32[m].
+
+  What `jnp.searchsorted(ends, k, side="right")` answers, by comparing among the last of groups and then inside a group:
+  about 2 sqrt(n) comparisons each, side by side.
+
+  Example:
+    >>> count_upto(jnp.array([2, 2, 5]), jnp.arange(7)).tolist()
+    [0, 0, 2, 2, 2, 3, 3]
+  """
+  n = ends.size
+  width = 1 << ((max(n - 1, 0).bit_length() + 1) // 2)
+  groups = jnp.pad(ends, (0, -n % width), constant_values=jnp.iinfo(ends.dtype).max).reshape(-1, width)
+  group = jnp.sum(groups[:, -1] <= k[:, None], axis=1, dtype=jnp.int32)
+  inside = groups[jnp.minimum(group, len(groups) - 1)] <= k[:, None]  # bool[m, width]
+  return jnp.minimum(width * group + jnp.sum(inside, axis=1, dtype=jnp.int32), n)
+
+
 def _last_page(table: PageTable) -> jax.Array:  # i32[S]
   return table.pages[jnp.arange(table.num_slots), jnp.maximum(table.held - 1, 0)]
 
@@ -273,12 +303,11 @@ def _first(free: jax.Array, count: int) -> jax.Array:
   Rank and select over a bit vector (Jacobson 1989): 32 pages to a word, a prefix sum over the words' counts, then the
   bit inside the word by halving. A prefix sum over the pool itself is several times slower on a CPU.
   """
-  bits = jnp.pad(free, (0, -free.size % 32)).reshape(-1, 32)  # bool[N/32, 32]
-  words = jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
+  words = packed(free)
   counts = lax.population_count(words).astype(jnp.int32)
-  end = jnp.cumsum(counts)  # i32[N/32]  free pages up to the end of each word
+  end = jnp.cumsum(counts)  # i32[W]  free pages up to the end of each word
   k = jnp.arange(count)
-  word = jnp.minimum(jnp.searchsorted(end, k, side="right", method="compare_all"), end.size - 1)  # i32[count]
+  word = jnp.minimum(count_upto(end, k), end.size - 1)  # i32[count]
   bits, rest, place = words[word], k - (end - counts)[word], jnp.zeros_like(k)
   for half in (16, 8, 4, 2, 1):  # is the bit that has `rest` others below it in the upper half?
     below = lax.population_count(bits & jnp.uint32((1 << half) - 1)).astype(jnp.int32)

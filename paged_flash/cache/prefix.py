@@ -15,18 +15,20 @@ caching; reuse after the end and eviction from the tail, Zheng et al. 2024 (Radi
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paged_flash.cache.page_table import NO_PAGE, PageTable
+from paged_flash.cache.page_table import NO_PAGE, PageTable, count_true
 
 ABSENT = -1  # as `before`: the page is not in the index
 _WAYS = 16  # pages that one bucket can name, where two fall to it at most on average: overflow is a curiosity
 _BASES = np.array([0x01000193, 0x9E3779B1], np.uint32)  # odd, so that their powers never vanish
 _RENUMBER = 2**30
+_FEW = 64  # pages that a step fills, in most steps
 
 
 @jax.tree_util.register_dataclass
@@ -104,13 +106,19 @@ def add(
     table: with one page for each identity; second copies are free.
   """
   N, F = table.num_pages, slot.size
-  nothing = (jnp.full(F, ABSENT), jnp.zeros((F, 2), jnp.uint32), jnp.zeros((2, F), jnp.int32), jnp.full(F, NO_PAGE))
+  nothing = (jnp.zeros(F, jnp.bool), jnp.full(F, ABSENT), jnp.zeros((F, 2), jnp.uint32))
+  nothing += (jnp.zeros(F, jnp.int32), jnp.zeros(F, jnp.int32), jnp.full(F, NO_PAGE))
+
+  def first(n):  # the first n pages: most steps fill few
+    if not n:
+      return nothing
+    part = _identities(index, table, slot[:n], depth[:n], contents[:n], tenant[:n])
+    return jax.tree.map(lambda whole, values: whole.at[:n].set(values), nothing, part)
+
   # Only small arrays go through the conditional: XLA copies what does.
-  is_new, before, keys, place, canon = lax.cond(
-    slot[0] < table.num_slots,
-    lambda: _identities(index, table, slot, depth, contents, tenant),
-    lambda: (jnp.zeros(F, jnp.bool), *nothing),
-  )
+  sizes = sorted({0, min(_FEW, F), F})
+  which = sum((slot[n] < table.num_slots).astype(jnp.int32) for n in sizes[:-1])
+  is_new, before, keys, bucket, way, canon = lax.switch(which, [functools.partial(first, n) for n in sizes])
   page = table.pages[jnp.minimum(slot, table.num_slots - 1), depth]
   at = jnp.where(is_new, page, N)
   index = dataclasses.replace(
@@ -118,7 +126,7 @@ def add(
     contents=index.contents.at[at].set(contents, mode="drop"),
     before=index.before.at[at].set(before, mode="drop"),
     keys=index.keys.at[at].set(keys, mode="drop"),
-    buckets=index.buckets.at[jnp.where(is_new, place[0], len(index.buckets)), place[1]].set(page, mode="drop"),
+    buckets=index.buckets.at[jnp.where(is_new, bucket, len(index.buckets)), way].set(page, mode="drop"),
   )
   moves = (canon >= 0) & (canon != page)
   ref_counts = table.ref_counts.at[jnp.where(moves, page, N)].add(-1, mode="drop")
@@ -129,7 +137,7 @@ def add(
 
 def _identities(
   index: PrefixIndex, table: PageTable, slot: jax.Array, depth: jax.Array, contents: jax.Array, tenant: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Of filled pages (see `add`): whether each identity is new, what it hangs on, its hash, bucket and way, and page."""
   F = slot.size
   k = jnp.arange(F)
@@ -145,13 +153,13 @@ def _identities(
   keys = sums - (sums - terms)[first] + jnp.where((base < 0)[:, None], _seed(tenant), index.keys[base])
   found = jnp.where(there, _find(index, keys), NO_PAGE)
   equal = jnp.all(keys[:, None] == keys[None], axis=-1) & there  # bool[F, F]
-  leader = jnp.argmax(equal, axis=1)  # the first in the list with this hash
+  leader = jnp.min(jnp.where(equal, k, F - 1), axis=1)  # the first in the list with this hash
   canon = jnp.where(found >= 0, found, page[leader])
   before = jnp.where(follows, jnp.roll(canon, 1), base)
   is_new = there & (found < 0) & (leader == k)
 
   bucket = _bucket(index, keys)
-  rank = jnp.sum((bucket[:, None] == bucket) & is_new & (k < k[:, None]), axis=1)  # among the new of its bucket
+  rank = count_true((bucket[:, None] == bucket) & is_new & (k < k[:, None]))  # among the new of its bucket
   names = index.buckets[bucket]  # i32[F, W]
   vacant = (names < 0) | ~index.cached[names] | (_bucket(index, index.keys[names]) != bucket[:, None])
   place = vacant & (jnp.cumsum(vacant, axis=1) - 1 == rank[:, None])
@@ -164,8 +172,7 @@ def _identities(
     (before[leader] == before) & jnp.all(contents[leader] == contents, axis=1) & fits[leader],
   )
   ok = there & ~jnp.any(there & ~same)
-  where = jnp.stack([bucket, jnp.argmax(place, axis=1).astype(jnp.int32)])
-  return ok & is_new, before, keys, where, jnp.where(ok, canon, NO_PAGE)
+  return ok & is_new, before, keys, bucket, jnp.argmax(place, axis=1).astype(jnp.int32), jnp.where(ok, canon, NO_PAGE)
 
 
 def released(freed: jax.Array, before: PageTable, after: PageTable) -> jax.Array:
@@ -190,23 +197,26 @@ def released(freed: jax.Array, before: PageTable, after: PageTable) -> jax.Array
 
 def evict(index: PrefixIndex, table: PageTable, count: jax.Array) -> PrefixIndex:
   """Forgets `count` (i32[]) indexed pages that nobody holds, the longest free first; all if there are fewer."""
-  candidate = index.cached & (table.ref_counts == 0)
   last = jnp.iinfo(jnp.int32).max
-  freed = jnp.where(candidate, index.freed, last)
 
-  # The least bound with `count` pages below it, from below: no two pages share a place, so a step never leaps over it.
-  def more(carry):
-    bound, below = carry
-    return (below < count) & (bound < last)
+  def forget():
+    freed = jnp.where(index.cached & (table.ref_counts == 0), index.freed, last)
 
-  def raise_bound(carry):
-    bound, below = carry
-    least = jnp.min(jnp.where(freed >= bound, freed, last))
-    bound = jnp.where(least == last, last, least + count - below)
-    return bound, jnp.sum(freed < bound, dtype=jnp.int32)
+    # The least bound with `count` pages below it, from below: no two pages share a place, so it is never leapt over.
+    def more(carry):
+      bound, below = carry
+      return (below < count) & (bound < last)
 
-  bound, _ = lax.while_loop(more, raise_bound, (jnp.int32(0), jnp.int32(0)))
-  return dataclasses.replace(index, before=jnp.where(freed < bound, ABSENT, index.before))
+    def raise_bound(carry):
+      bound, below = carry
+      least = jnp.min(jnp.where(freed >= bound, freed, last))
+      bound = jnp.where(least == last, last, least + count - below)
+      return bound, count_true(freed < bound)
+
+    bound, _ = lax.while_loop(more, raise_bound, (jnp.int32(0), jnp.int32(0)))
+    return jnp.where(freed < bound, ABSENT, index.before)
+
+  return dataclasses.replace(index, before=lax.cond(count > 0, forget, lambda: index.before))
 
 
 def check(index: PrefixIndex, table: PageTable) -> None:

@@ -142,6 +142,16 @@ def test_vmap_and_scan():
   assert last.seq_lens.tolist() == [60, 45]
 
 
+@pytest.mark.parametrize("n", [1, 5, 32, 33, 300])
+def test_counting_is_that_of_numpy(n):
+  rng = np.random.default_rng(n)
+  ends = np.cumsum(rng.integers(0, 3, n)).astype(np.int32)
+  k = np.arange(-2, ends[-1] + 3, dtype=np.int32)
+  np.testing.assert_array_equal(page_table.count_upto(jnp.asarray(ends), k), np.searchsorted(ends, k, side="right"))
+  mask = rng.random((3, n)) < 0.5
+  np.testing.assert_array_equal(page_table.count_true(jnp.asarray(mask)), mask.sum(axis=1))
+
+
 class PageTableMachine(RuleBasedStateMachine):
   """Random verbs on a pool too small to satisfy anyone. The oracle keeps, for each slot, the tokens it should read."""
 
