@@ -47,7 +47,8 @@ class Engine:
     num_pages: pages in the pool. Give this or `memory_bytes`.
     memory_bytes: bytes that the pool may take; `memory` shows the arithmetic.
     page_size: tokens per page.
-    max_seq_len: tokens of a request, prompt and output; None for the least of what the model and the pool allow.
+    max_seq_len: tokens of a request, prompt and output; None for the least of what the model and the pool allow. A
+      model with a sliding window needs pages for a window and a chunk, however long the request.
     token_budget: tokens that one step computes at most; prompts share what decoding leaves of it.
     chunk_size: prompt tokens that one request computes in a step at most; None for the budget.
     queue_size: requests kept, waiting, running or ended.
@@ -115,7 +116,10 @@ class Engine:
     if max_seq_len is not None and max_seq_len > c.max_seq_len:
       raise ValueError(f"max_seq_len must be at most the model's {c.max_seq_len}, got {max_seq_len}")
     self.model, self.num_slots, self.num_pages, self.page_size = model, num_slots, num_pages, page_size
-    self.max_seq_len = min(max_seq_len or c.max_seq_len, num_pages * page_size)
+    chunk_size = min(chunk_size or token_budget, token_budget)
+    self.max_seq_len = max_seq_len or c.max_seq_len
+    if c.sliding_window is None or page_table.window_pages(c.sliding_window, chunk_size, page_size) > num_pages:
+      self.max_seq_len = min(self.max_seq_len, num_pages * page_size)
     self.queue_size, self.prefix_cache, self.kv_dtype, self.debug = queue_size, prefix_cache, dtype, debug
     self.steps_per_dispatch = steps_per_dispatch
     self.page_bytes = page_bytes
@@ -128,7 +132,7 @@ class Engine:
     self._cancel = jax.jit(scheduler.cancel)
     settings = pure.Settings(
       token_budget=token_budget,
-      chunk_size=min(chunk_size or token_budget, token_budget),
+      chunk_size=chunk_size,
       implementation=implementation,
       policy=policy,
     )
@@ -156,6 +160,7 @@ class Engine:
       num_requests=self.queue_size,
       max_seq_len=self.max_seq_len,
       prefix_cache=self.prefix_cache,
+      window=c.sliding_window,
     )
     kv = kv_pages.init(
       num_layers=c.num_layers,

@@ -2,7 +2,6 @@
 
     state, ids    = submit(state, requests)            queue requests
     state, plan   = plan(state, token_budget=...)      admit, share, grant, preempt: everything one step needs
-    packed        = pack(state, plan, num_tokens)      the packed tokens that the model reads
     state, events = commit(state, plan, tokens, ...)   append, stop, release
     state         = cancel(state, id)                  end a request from outside
 
@@ -23,7 +22,7 @@ from jax import lax
 
 from paged_flash import sharing
 from paged_flash.cache import page_table, prefix
-from paged_flash.cache.page_table import NO_PAGE, cdiv, count_upto
+from paged_flash.cache.page_table import NO_PAGE, cdiv
 from paged_flash.state import (
   CANCELLED,
   LENGTH,
@@ -31,7 +30,6 @@ from paged_flash.state import (
   NOBODY,
   NUM_STOP_IDS,
   STOP,
-  Packed,
   Requests,
   State,
   StepEvents,
@@ -55,6 +53,7 @@ def init(
   num_stop_ids: int = NUM_STOP_IDS,
   prefix_cache: bool = True,
   tokens_per_content: int = 1,
+  window: int | None = None,
 ) -> State:
   """An empty state.
 
@@ -69,8 +68,11 @@ def init(
     prefix_cache: full pages can be found again by requests that start the same way. Needs tokens.
     tokens_per_content: 1 for a model. A simulation may have one number for so many tokens (it divides `page_size`):
       then `Requests.tokens` holds these, those of the output too from the start, and C counts them.
+    window: tokens that each token sees, itself included, on every layer; None for all. Pages behind it are let go.
   """
-  table = page_table.init(num_slots=num_slots, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size)
+  table = page_table.init(
+    num_slots=num_slots, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size, window=window
+  )
   R = num_requests
   index = prefix.init(num_pages=num_pages, width=page_size // tokens_per_content)
   return State(
@@ -133,7 +135,8 @@ def plan(
   1. Waiting requests are put beside the running ones, in the policy's order, on the free slots. Pages that hold what
      they start with are found, and so is another sample of the same prompt that has computed it.
   2. Every decoding slot gets its token; what is left of the budget goes to prefill chunks in order.
-  3. Waiting requests are admitted while the pages of their whole prompts fit what is free and not yet spoken for.
+  3. Waiting requests are admitted while the pages of their whole prompts (behind a window, those that they will hold at
+     once) fit what is free and not yet spoken for.
   4. When the pool cannot serve the running requests, the last in order lose their pages (preempted, to be
      recomputed later), as few as will do; the last one that need not lose them only pauses.
 
@@ -190,8 +193,14 @@ def plan(
   last = table.pages[slot, jnp.maximum(cdiv(computed, table.page_size) - 1, 0)]
   copies = (computed % table.page_size > 0) & (waits | (runs & (table.ref_counts[last] > 1)))
   need = jnp.where(runs, grown(take), 0)
-  revived = jnp.sum((pages >= 0) & (table.ref_counts[pages] == 0), axis=1)  # free pages that become held
+  first = page_table.first_seen(table, computed)
+  revived = (pages >= 0) & (jnp.arange(table.pages_per_slot) >= first[:, None]) & (table.ref_counts[pages] == 0)
+  revived = jnp.sum(revived, axis=1)  # free pages that become held
   spoken_for = jnp.where(runs, grown(remaining), jnp.where(waits, grown(remaining + 1) + revived, 0))
+  if table.window is not None:  # no request ever holds more at once than a window and a chunk fill
+    most = page_table.window_pages(table.window, chunk_size, table.page_size)
+    held = jnp.where(runs, cdiv(computed, table.page_size) - first - copies, 0)
+    spoken_for = jnp.minimum(spoken_for, most - held)
   free = table.num_free
   blocked = waits & ((take == 0) | (jnp.cumsum(spoken_for) > free))
   starved = jnp.sum(need) > free
@@ -217,7 +226,8 @@ def plan(
     lambda t: t,
     state_out.table,
   )
-  index, spared = state_out.index, None
+  state_out = sharing.trim(dataclasses.replace(state_out, table=table))  # of what is found, it holds the last window
+  table, index, spared = state_out.table, state_out.index, None
   if index is not None:
     short = jnp.sum(need) - page_table.count_true((table.ref_counts == 0) & ~index.cached)
     index = prefix.evict(index, table, short)
@@ -248,38 +258,6 @@ def plan(
   )
 
 
-def pack(state: State, plan: StepPlan, num_tokens: int | None) -> Packed:
-  """The packed tokens of a planned step.
-
-  Args:
-    state: as `plan` returned it.
-    plan: the step.
-    num_tokens: T, at least the tokens scheduled; None for a `decode_only` plan: T = S, token i in slot i.
-  """
-  S = plan.scheduled.size
-  kv_lens = jnp.where(plan.scheduled > 0, plan.starts + plan.scheduled, 0)
-  if num_tokens is None:
-    slot, inside, query_starts, last = jnp.arange(S), plan.scheduled > 0, None, jnp.arange(S)
-    position = plan.starts
-  else:
-    query_starts = jnp.pad(jnp.cumsum(plan.scheduled), (1, 0))  # i32[S+1]
-    index = jnp.arange(num_tokens)
-    slot = count_upto(query_starts[1:], index)
-    inside, slot = slot < S, jnp.minimum(slot, S - 1)
-    position = jnp.where(inside, plan.starts[slot] + index - query_starts[slot], 0)
-    last = jnp.maximum(query_starts[1:] - 1, 0)
-  page = state.table.pages[slot, position // state.table.page_size]
-  return Packed(
-    tokens=jnp.where(inside, state.requests.tokens[plan.rows[slot], position], 0),
-    positions=position,
-    pages=jnp.where(inside, page, NO_PAGE),
-    offsets=position % state.table.page_size,
-    query_starts=query_starts,
-    kv_lens=kv_lens,
-    last=last,
-  )
-
-
 def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array) -> tuple[State, StepEvents]:
   """Takes in what the model said: appends the tokens, ends and releases the requests that are done.
 
@@ -290,8 +268,8 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     logprobs: f32[S].
 
   Returns:
-    The new state, in which the pages that were filled can be found, finished slots are empty and their pages free;
-    and the events of the step.
+    The new state, in which the pages that were filled can be found, finished slots are empty, and their pages and those
+    behind a window are free; and the events of the step.
   """
   R, requests, table = state.arrival.size, state.requests, state.table
   row = plan.rows
@@ -332,7 +310,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   kept = requests.tokens
   if state.index is None or state.index.contents.shape[1] == table.page_size:  # a token a number
     kept = kept.at[at, num_tokens - 1].set(tokens, mode="drop")
-  state = sharing.release(state, done)
+  state = sharing.trim(sharing.release(state, done))
   state = dataclasses.replace(
     state,
     requests=dataclasses.replace(

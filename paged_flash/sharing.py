@@ -5,26 +5,38 @@ The part of the scheduler that knows of the prefix index and of several samples 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from paged_flash.cache import page_table, prefix
-from paged_flash.cache.page_table import NO_PAGE, cdiv, count_upto
+from paged_flash.cache.page_table import NO_PAGE, PageTable, cdiv, count_upto
 from paged_flash.state import NOBODY, State, StepPlan
 
 
 def release(state: State, done: jax.Array) -> State:
   """The state with the pages of the slots in `done` (bool[S]) given back; those in the index can be found again."""
+  return _given_back(state, jnp.any(done), lambda table: page_table.release(table, done))
+
+
+def trim(state: State) -> State:
+  """The state with the pages behind the window of every slot given back; those in the index can be found again."""
+  if state.table.window is None:
+    return state
+  return _given_back(state, jnp.any(page_table.unseen(state.table)), page_table.trim)
+
+
+def _given_back(state: State, any_is: jax.Array, give_back: Callable[[PageTable], PageTable]) -> State:
   index = state.index
   freed = jnp.zeros(0, jnp.int32) if index is None else index.freed
 
   def drop(table, freed):
-    after = page_table.release(table, done)
+    after = give_back(table)
     return after, freed if index is None else prefix.released(freed, table, after)
 
-  table, freed = lax.cond(jnp.any(done), drop, lambda *same: same, state.table, freed)
+  table, freed = lax.cond(any_is, drop, lambda *same: same, state.table, freed)
   index = None if index is None else dataclasses.replace(index, freed=freed)
   return dataclasses.replace(state, table=table, index=index)
 
@@ -57,6 +69,7 @@ def found(state: State, row: jax.Array, waits: jax.Array) -> tuple[jax.Array, ja
   first = _first_sample(state)
   same = (first[state.running] == first[row][:, None]) & (first[row] >= 0)[:, None] & (state.running >= 0)
   same &= table.seq_lens >= prompts[:, None]
+  same &= table.pages[:, page_table.first_seen(table, prompts - 1)].T >= 0  # not yet behind its window
   sample = jnp.any(same, axis=1) & (prompts - 1 > there)
   pages = jnp.where(sample[:, None], table.pages[jnp.argmax(same, axis=1)], pages)
   there = jnp.where(waits, jnp.where(sample, prompts - 1, there), 0)

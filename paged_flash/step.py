@@ -16,8 +16,9 @@ from jax import lax
 from paged_flash import attention, sampling, scheduler
 from paged_flash.cache import kv_pages
 from paged_flash.cache.kv_pages import KVPages
+from paged_flash.cache.page_table import NO_PAGE, count_upto
 from paged_flash.models import Model
-from paged_flash.state import State, StepEvents, StepPlan
+from paged_flash.state import Packed, State, StepEvents, StepPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +93,43 @@ def run(
   return state, kv, (log, i), live
 
 
+def pack(state: State, plan: StepPlan, num_tokens: int | None) -> Packed:
+  """The packed tokens of a planned step.
+
+  Args:
+    state: as `plan` returned it.
+    plan: the step.
+    num_tokens: T, at least the tokens scheduled; None for a `decode_only` plan: T = S, token i in slot i.
+  """
+  S = plan.scheduled.size
+  kv_lens = jnp.where(plan.scheduled > 0, plan.starts + plan.scheduled, 0)
+  if num_tokens is None:
+    slot, inside, query_starts, last = jnp.arange(S), plan.scheduled > 0, None, jnp.arange(S)
+    position = plan.starts
+  else:
+    query_starts = jnp.pad(jnp.cumsum(plan.scheduled), (1, 0))  # i32[S+1]
+    index = jnp.arange(num_tokens)
+    slot = count_upto(query_starts[1:], index)
+    inside, slot = slot < S, jnp.minimum(slot, S - 1)
+    position = jnp.where(inside, plan.starts[slot] + index - query_starts[slot], 0)
+    last = jnp.maximum(query_starts[1:] - 1, 0)
+  page = state.table.pages[slot, position // state.table.page_size]
+  return Packed(
+    tokens=jnp.where(inside, state.requests.tokens[plan.rows[slot], position], 0),
+    positions=position,
+    pages=jnp.where(inside, page, NO_PAGE),
+    offsets=position % state.table.page_size,
+    query_starts=query_starts,
+    kv_lens=kv_lens,
+    last=last,
+  )
+
+
 def compute(
   model: Model, settings: Settings, params, state: State, plan: StepPlan, num_tokens: int | None, kv: KVPages
 ) -> tuple[jax.Array, KVPages]:
   """Logits f32[S, V] of each slot's last token, and the pool with the new K and V in it."""
-  packed = scheduler.pack(state, plan, num_tokens)
+  packed = pack(state, plan, num_tokens)
   pages = state.table.pages[: plan.rows.size]  # i32[S, P]
   window = model.config.sliding_window  # tokens a query sees, itself included
 

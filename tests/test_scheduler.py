@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from paged_flash import policies, scheduler
+from paged_flash import policies, scheduler, step
 from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE
 from paged_flash.requests import Params, rows
@@ -33,7 +33,7 @@ def planner(token_budget, chunk_size, policy):
 
 @functools.cache
 def packer(num_tokens):
-  return jax.jit(functools.partial(scheduler.pack, num_tokens=num_tokens))
+  return jax.jit(functools.partial(step.pack, num_tokens=num_tokens))
 
 
 def next_token(tokens) -> int:

@@ -43,6 +43,17 @@ def init(
   return KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), num_layers=num_layers)
 
 
+def resize(kv: KVPages, num_pages: int) -> KVPages:
+  """The pool with `num_pages` pages, those that are new being zeros. Consumes `kv`; copies it."""
+
+  def put(pool):
+    layers = pool.reshape(kv.num_layers, kv.num_pages, *pool.shape[1:])[:, :num_pages]
+    layers = jnp.pad(layers, [(0, 0), (0, num_pages - layers.shape[1])] + [(0, 0)] * (pool.ndim - 1))
+    return layers.reshape(-1, *pool.shape[1:])
+
+  return dataclasses.replace(kv, k=put(kv.k), v=put(kv.v))
+
+
 def layer_pages(kv: KVPages, pages: jax.Array, layer: int) -> jax.Array:
   """Rows of the pool that hold `pages` (page ids of any shape) in `layer`; NO_PAGE stays NO_PAGE."""
   return jnp.where(pages == NO_PAGE, NO_PAGE, pages + layer * kv.num_pages)

@@ -5,10 +5,14 @@ S slots, P pages per slot, N pages in the pool. A slot is a row of the running b
 kilobytes: every function takes one and returns another, the old one stays good, and all of them run inside `jit`,
 `vmap` and `scan` with shapes that never change.
 
+Where tokens see a window of the past only, the pages wholly behind it can be let go (`trim`): the sequence keeps its
+length, and the places of these pages, at its start, become NO_PAGE.
+
 Source: Kwon et al. 2023, section 4 ("block table" there, page table here; their block is our page).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +27,11 @@ NO_PAGE = -1
 class PageTable:
   """Who holds which page. A page is free exactly when its ref count is 0; nothing else is stored."""
 
-  pages: jax.Array  # i32[S, P]  page at each position of the sequence, NO_PAGE past its end
+  pages: jax.Array  # i32[S, P]  page at each place of the sequence, NO_PAGE past its end and where let go (`trim`)
   seq_lens: jax.Array  # i32[S]  tokens held by each slot
   ref_counts: jax.Array  # i32[N]  slots that hold each page
   page_size: int = dataclasses.field(metadata=dict(static=True))
+  window: int | None = dataclasses.field(default=None, metadata=dict(static=True))  # tokens that each sees
 
   @property
   def num_slots(self) -> int:
@@ -42,7 +47,7 @@ class PageTable:
 
   @property
   def held(self) -> jax.Array:  # i32[S]
-    """Pages held by each slot."""
+    """Pages that the tokens of each slot fill: all that it holds, and those let go behind a window."""
     return cdiv(self.seq_lens, self.page_size)
 
   @property
@@ -60,7 +65,9 @@ class PageCopies:
   dst: jax.Array  # i32[S]
 
 
-def init(*, num_slots: int, pages_per_slot: int, num_pages: int, page_size: int) -> PageTable:
+def init(
+  *, num_slots: int, pages_per_slot: int, num_pages: int, page_size: int, window: int | None = None
+) -> PageTable:
   """An empty table: every slot empty, every page free.
 
   Args:
@@ -68,6 +75,7 @@ def init(*, num_slots: int, pages_per_slot: int, num_pages: int, page_size: int)
     pages_per_slot: pages that one sequence may hold, P.
     num_pages: pages in the pool, N.
     page_size: tokens per page.
+    window: tokens that each token sees, itself included; None for all before it.
 
   Raises:
     ValueError: a size below 1.
@@ -78,15 +86,37 @@ def init(*, num_slots: int, pages_per_slot: int, num_pages: int, page_size: int)
     32
   """
   sizes = dict(num_slots=num_slots, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size)
-  for name, size in sizes.items():
-    if size < 1:
+  for name, size in (sizes | dict(window=window)).items():
+    if size is not None and size < 1:
       raise ValueError(f"{name} must be at least 1, got {size}")
   return PageTable(
     pages=jnp.full((num_slots, pages_per_slot), NO_PAGE, jnp.int32),
     seq_lens=jnp.zeros(num_slots, jnp.int32),
     ref_counts=jnp.zeros(num_pages, jnp.int32),
     page_size=page_size,
+    window=window,
   )
+
+
+def first_seen(table: PageTable, num_tokens: Any) -> jax.Array:
+  """Place of the first page that a token after `num_tokens` (i32, any shape) of a sequence can see.
+
+  The page before the one that is written next counts as seen, however short the window: an index of prefixes hangs what
+  is filled on it.
+  """
+  if table.window is None:
+    return jnp.zeros_like(num_tokens)
+  return jnp.maximum(num_tokens - max(table.window, table.page_size + 1) + 1, 0) // table.page_size
+
+
+def window_pages(window: int, num_tokens: int, page_size: int) -> int:
+  """Pages that a sequence of any length holds at most while it computes `num_tokens` at a time.
+
+  Example:
+    >>> window_pages(4096, 256, 16)  # 4351 tokens that may begin anywhere in a page
+    273
+  """
+  return cdiv(max(window, page_size + 1) + num_tokens - 2, page_size) + 1
 
 
 def need(table: PageTable, num_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -219,13 +249,26 @@ def release(table: PageTable, done: jax.Array) -> PageTable:
     >>> int(release(table, jnp.array([True, False])).num_free)
     31
   """
-  dropped = _masked(table.pages, done[:, None], table)
-  return dataclasses.replace(
-    table,
-    pages=jnp.where(done[:, None], NO_PAGE, table.pages),
-    seq_lens=jnp.where(done, 0, table.seq_lens),
-    ref_counts=table.ref_counts.at[dropped].add(-1, mode="drop"),
-  )
+  return dataclasses.replace(_let_go(table, done[:, None]), seq_lens=jnp.where(done, 0, table.seq_lens))
+
+
+def trim(table: PageTable) -> PageTable:
+  """Lets go of the pages that no later token can see, because they lie wholly behind the window.
+
+  What is let go is not there again when a sequence is truncated: trim when its length is final.
+
+  Example:
+    >>> table = init(num_slots=1, pages_per_slot=8, num_pages=32, page_size=4, window=6)
+    >>> table, _, _ = extend(table, jnp.array([15]))
+    >>> trim(table).pages[0, :5].tolist()  # token 15 sees tokens 10 to 15
+    [-1, -1, 2, 3, -1]
+  """
+  return table if table.window is None else _let_go(table, unseen(table))
+
+
+def unseen(table: PageTable) -> jax.Array:
+  """bool[S, P]: places whose pages `trim` lets go."""
+  return (jnp.arange(table.pages_per_slot) < first_seen(table, table.seq_lens)[:, None]) & (table.pages >= 0)
 
 
 def check(table: PageTable) -> None:
@@ -237,7 +280,10 @@ def check(table: PageTable) -> None:
   pages, lens, refs = np.asarray(table.pages), np.asarray(table.seq_lens), np.asarray(table.ref_counts)
   if (lens < 0).any() or (lens > table.pages_per_slot * table.page_size).any():
     raise AssertionError(f"seq_lens outside 0..{table.pages_per_slot * table.page_size}: {lens}")
-  held = np.arange(table.pages_per_slot) < cdiv(lens, table.page_size)[:, None]
+  place = np.arange(table.pages_per_slot)
+  held = place < cdiv(lens, table.page_size)[:, None]
+  unseen = place < np.asarray(first_seen(table, lens))[:, None]
+  held &= ~(unseen & (np.cumsum(pages != NO_PAGE, axis=1) == 0))  # let go behind the window, from the start on
   if not ((pages[held] >= 0) & (pages[held] < table.num_pages)).all() or (pages[~held] != NO_PAGE).any():
     bad = np.argwhere(np.where(held, (pages < 0) | (pages >= table.num_pages), pages != NO_PAGE))
     raise AssertionError(f"pages do not match seq_lens at (slot, position) {bad.tolist()}")
@@ -286,6 +332,16 @@ def count_upto(ends: jax.Array, k: jax.Array) -> jax.Array:
   group = jnp.sum(groups[:, -1] <= k[:, None], axis=1, dtype=jnp.int32)
   inside = groups[jnp.minimum(group, len(groups) - 1)] <= k[:, None]  # bool[m, width]
   return jnp.minimum(width * group + jnp.sum(inside, axis=1, dtype=jnp.int32), n)
+
+
+def _let_go(table: PageTable, places: jax.Array) -> PageTable:
+  """The table without the pages at `places` (bool, broadcast to [S, P])."""
+  dropped = _masked(table.pages, places, table)
+  return dataclasses.replace(
+    table,
+    pages=jnp.where(places, NO_PAGE, table.pages),
+    ref_counts=table.ref_counts.at[dropped].add(-1, mode="drop"),
+  )
 
 
 def _last_page(table: PageTable) -> jax.Array:  # i32[S]

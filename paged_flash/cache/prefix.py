@@ -9,6 +9,10 @@ Pages are found by a hash of all tokens up to their end, and believed only when 
 page before them is the very page found there: no collision can serve foreign content. Each tenant starts chains of its
 own, so that nothing is shared between tenants.
 
+Where tokens see a window only, a sequence holds the pages of its last window; those before it stay in the index until
+their bytes are needed. A match compares all tokens from the first on, so it believes a page only as long as every page
+before it is in the index: when one is evicted, all that hangs on it is forgotten, held or not.
+
 B prompts, N pages, P pages per prompt, F pages that a step fills, w values that describe a page: its tokens, or, where
 a simulation has none, one number that stands for them. Sources: hash chains over pages, vLLM's automatic prefix
 caching; reuse after the end and eviction from the tail, Zheng et al. 2024 (RadixAttention).
@@ -196,7 +200,10 @@ def released(freed: jax.Array, before: PageTable, after: PageTable) -> jax.Array
 
 
 def evict(index: PrefixIndex, table: PageTable, count: jax.Array) -> PrefixIndex:
-  """Forgets `count` (i32[]) indexed pages that nobody holds, the longest free first; all if there are fewer."""
+  """Forgets `count` (i32[]) indexed pages that nobody holds, the longest free first; all if there are fewer.
+
+  Behind a window the head of a sequence is let go before its tail: what hangs on a forgotten page is forgotten too.
+  """
   last = jnp.iinfo(jnp.int32).max
 
   def forget():
@@ -214,9 +221,24 @@ def evict(index: PrefixIndex, table: PageTable, count: jax.Array) -> PrefixIndex
       return bound, count_true(freed < bound)
 
     bound, _ = lax.while_loop(more, raise_bound, (jnp.int32(0), jnp.int32(0)))
-    return jnp.where(freed < bound, ABSENT, index.before)
+    forgotten = freed < bound
+    if table.window is not None:
+      forgotten = _with_what_hangs_on(index, forgotten)
+    return jnp.where(forgotten, ABSENT, index.before)
 
   return dataclasses.replace(index, before=lax.cond(count > 0, forget, lambda: index.before))
+
+
+def _with_what_hangs_on(index: PrefixIndex, pages: jax.Array) -> jax.Array:
+  """bool[N]: `pages` (bool[N]), and those with one of them among all that come before."""
+  before = jnp.where(index.before >= 0, index.before, jnp.arange(pages.size))  # the first of a sequence: itself
+
+  def leap(carry):
+    pages, before, _ = carry
+    more = pages | pages[before]
+    return more, before[before], jnp.any(before[before] != before)
+
+  return lax.while_loop(lambda carry: carry[2], leap, (pages, before, jnp.bool(True)))[0]
 
 
 def check(index: PrefixIndex, table: PageTable) -> None:
@@ -235,6 +257,8 @@ def check(index: PrefixIndex, table: PageTable) -> None:
     if (parent := before[page]) >= 0:
       if before[parent] == ABSENT:
         raise AssertionError(f"page {page} hangs on page {parent}, which is not in the index")
+      if table.window is not None:
+        continue  # a sequence holds its last pages only, and let the others go before them
       if refs[page] > refs[parent]:
         raise AssertionError(f"page {page} is held {refs[page]} times, the page before it {refs[parent]} times")
       if refs[parent] == 0 and freed[page] >= freed[parent]:

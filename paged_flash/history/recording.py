@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_flash import scheduler
+from paged_flash.cache import kv_pages
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import NO_PAGE, cdiv
 from paged_flash.cache.prefix import ABSENT
@@ -275,7 +276,8 @@ def rebuild(engine: Engine, state: State) -> KVPages:
 
   Each sequence is prefilled from its recorded tokens; pages that it shares with one already done are not computed
   again. So are the chains of pages that nobody holds and that a prefix index can still find. Chunks and batches are not
-  those of the first time, so the values agree to rounding; in float32 the tokens that follow are the same.
+  those of the first time, so the values agree to rounding; in float32 the tokens that follow are the same. What
+  a slot let go behind a window is computed in pages beside the pool, for those that it holds.
 
   Args:
     engine: whose model computes them.
@@ -286,13 +288,17 @@ def rebuild(engine: Engine, state: State) -> KVPages:
   """
   kv, chunk, size = engine.init().kv, engine.settings.chunk_size, state.table.page_size
   _, plan = engine.plan(state)  # gives the shapes
-  S, P, C = plan.rows.size, state.table.pages_per_slot, state.requests.tokens.shape[1]
-  written = np.zeros(state.table.num_pages, np.int32)  # tokens in each page
+  S, N, P, C = plan.rows.size, state.table.num_pages, state.table.pages_per_slot, state.requests.tokens.shape[1]
+  beside = 0 if state.table.window is None else P
+  kv = kv_pages.resize(kv, N + beside)
+  written = np.zeros(N + beside, np.int32)  # tokens in each page
   for held, tokens in _sequences(state):
     wanted = np.minimum(len(tokens) - np.arange(len(held)) * size, size)
-    missing = np.flatnonzero(written[held] < wanted)
-    if not missing.size:
+    if not (written[held[held >= 0]] < wanted[held >= 0]).any():
       continue
+    held = np.where(held >= 0, held, N + np.arange(len(held)))
+    written[N:] = 0
+    missing = np.flatnonzero(written[held] < wanted)
     written[held] = np.maximum(written[held], wanted)
     # The sequence sits in slot 0 and row 0 of a state of its own, and a plan computes a chunk of it.
     pages = np.pad(held, (0, P - len(held)), constant_values=NO_PAGE)
@@ -304,7 +310,7 @@ def rebuild(engine: Engine, state: State) -> KVPages:
       one = {name: np.zeros(S, np.int32) for name in ("rows", "starts", "scheduled")}
       one["rows"][1:], one["starts"][0], one["scheduled"][0] = NOBODY, start, count
       kv = engine.fill(engine.model.params, alone, dataclasses.replace(plan, **one), kv=kv)[1]
-  return kv
+  return kv_pages.resize(kv, N)
 
 
 def _sequences(state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -169,8 +169,7 @@ def explain(moments: Iterable[Moment], plan: Planner, request: int) -> str:
 
 def _held(state: State, row: int) -> int:
   """Pages of the request in a row; 0 if it waits."""
-  lens = state.table.seq_lens[: state.running.size][state.running == row]
-  return int(cdiv(lens, state.table.page_size).sum())
+  return int((state.table.pages[: state.running.size][state.running == row] >= 0).sum())
 
 
 class _Life:
@@ -197,10 +196,11 @@ class _Life:
       return lines
     slot = int(np.flatnonzero(p.rows == row)[0])
     start, count, total = int(p.starts[slot]), int(p.scheduled[slot]), int(m.before.requests.num_tokens[row])
-    self.pages = int(cdiv(table.seq_lens[slot], size))
+    self.pages = int((table.pages[slot] >= 0).sum())
     if not before.size:
       verb = "resumed in" if self._preempted else "admitted into"
-      refs = table.ref_counts[table.pages[slot, : cdiv(start, size)]]
+      found = table.pages[slot, : cdiv(start, size)]
+      refs = table.ref_counts[found[found >= 0]]
       found = [_count((refs > 1).sum(), "shared page")] if (refs > 1).any() else []
       found += [_count((refs == 1).sum(), "cached page")] if (refs == 1).any() else []
       shares = f" with {' and '.join(found)} ({_count(start, 'token')} not computed)" if start else ""
