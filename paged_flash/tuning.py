@@ -60,7 +60,7 @@ def _heuristic(problem: Problem, stage: str) -> dict[str, int]:
   """What measured best on an H200, by head_dim."""
   size = max(problem.head_dim, getattr(problem, "value_dim", 0))
   if stage == "backward":
-    return {"block_q": 128 if size <= 64 else 64, "stages": 2}
+    return {"stages": 3 if size <= 64 else 2}
   if size <= 64:
     return {"num_wgs": 3, "block_kv": 128, "stages": 3, "query_stages": 2}
   return {"num_wgs": 2, "block_kv": 128 if size <= 128 else 64, "stages": 2}

@@ -49,10 +49,11 @@ from paged_flash.kernels.flash_forward_sm90 import Positions
 from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashGradients, FlashOperands, FlashProblem, spans
 
-ROWS = 64  # of a wgmma tile: keys of one warpgroup, or of both where head_dim is above 128
+ROWS = 64  # of a wgmma tile: queries; keys of one warpgroup, or of both where head_dim is above 128
 NUM_WGS = 2
 WIDE = 128  # columns of dQ that leave at once where head_dim is above 128
 MOST_ITEMS = 2**16  # of a schedule
+L2_BYTES = 32 * 2**20  # of 50 on an H100 or H200, for what the items of a section read again and add to
 ITEM_COST = 1.5  # of a tile of keys besides its query tiles, in query tiles
 
 
@@ -86,7 +87,6 @@ class _Walk:
   num_kv_heads: int
   group: int  # query heads of a KV head
   width: int  # heads of a section
-  directions: str
   spread: bool  # tiles of keys of a section start at evenly spread queries and walk around
 
   def item(self, index: Any, visits: Any) -> _Item:
@@ -95,7 +95,7 @@ class _Walk:
     section, rest = divide(index, self.width * kv_tiles)
     here = jnp.minimum(self.width, self.heads - section * self.width)
     rank, head = lax.div(rest, here), section * self.width + lax.rem(rest, here)
-    up = self.spread or _is_up(section, self.directions)
+    up = self.spread or _is_up(section)
     kv_tile = jnp.where(up, kv_tiles - 1 - rank, rank)
     batch = lax.div(head, K)
     first, last, whole_first, whole_last, before, after = (visits[batch, kv_tile, i] for i in range(6))
@@ -104,8 +104,16 @@ class _Walk:
     return _Item(batch, lax.rem(head, K), kv_tile, first, last, whole_first, whole_last, rank, shared, up, steps)
 
   def head_and_tile(self, work: _Item, n: Any) -> tuple[Any, Any]:
-    """Query head and tile of the item's n-th step."""
+    """Query head and tile of the item's n-th step.
+
+    Items that walk down follow each other from tile to tile, which serves all heads of the group there. The others are
+    far apart: head by head, what they read and add to stays in the L2 cache.
+    """
     turn, member = divide(n, self.group)
+    if self.group > 1:
+      tiles = work.last - work.first
+      by_head = lax.div(n, tiles)
+      turn, member = jnp.where(work.up, n - by_head * tiles, turn), jnp.where(work.up, by_head, member)
     tile = work.tile(turn)
     if self.spread:
       tile = tile + divide(work.kv_tile * self.query_tiles, self.kv_tiles)[0]
@@ -127,31 +135,29 @@ class _Walk:
 
 def _plan(
   problem: FlashProblem,
-  block_q: int,
   block_kv: int,
   num_blocks: int,
-  directions: str = "alternate",
-  is_persistent: bool = True,
-  is_spread: bool = True,
 ) -> tuple[_Walk, np.ndarray | None]:
   """The walk, and `_schedule` for at most `num_blocks` blocks; None where every item is a block."""
   p = problem
-  query_tiles, kv_tiles, heads = cdiv(p.query_len, block_q), cdiv(p.kv_len, block_kv), p.batch * p.num_kv_heads
+  query_tiles, kv_tiles, heads = cdiv(p.query_len, ROWS), cdiv(p.kv_len, block_kv), p.batch * p.num_kv_heads
   items = heads * kv_tiles
   is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
   has_masks = not is_static or p.is_causal or p.window is not None or p.kv_len % block_kv != 0
   at_once = min(num_blocks // kv_tiles, heads)
-  spread = is_spread and not has_masks and at_once > 0 and items <= MOST_ITEMS
+  spread = not has_masks and at_once > 0 and items <= MOST_ITEMS
   spread = spread and cdiv(heads, at_once) == cdiv(items, num_blocks)
   if spread:  # a section's items wait for each other: all run at once
     width, num_blocks = at_once, at_once * kv_tiles
-  else:  # as many heads as give each block about two items, and an even number of sections
-    width = max(n for n in range(1, max(2, 2 * num_blocks // kv_tiles + 1)) if n == 1 or heads % (2 * n) == 0)
+  else:  # as many heads as give each block about two items and fit the L2 cache, and an even number of sections
+    bytes_ = p.num_heads // p.num_kv_heads * p.query_len * 4 * (p.head_dim + p.value_dim)  # Q, dO and dQ of a KV head
+    most = max(1, min(2 * num_blocks // kv_tiles, L2_BYTES // bytes_))
+    width = max(n for n in range(1, most + 1) if n == 1 or heads % (2 * n) == 0)
   schedule = None
-  if is_static and (is_persistent or spread) and items <= MOST_ITEMS:
-    schedule = _schedule(p, block_q, block_kv, width, min(num_blocks, items), directions)
+  if is_static and items <= MOST_ITEMS:
+    schedule = _schedule(p, block_kv, width, min(num_blocks, items))
   group = p.num_heads // p.num_kv_heads
-  return _Walk(query_tiles, kv_tiles, heads, p.num_kv_heads, group, width, directions, spread), schedule
+  return _Walk(query_tiles, kv_tiles, heads, p.num_kv_heads, group, width, spread), schedule
 
 
 def backward(
@@ -162,13 +168,8 @@ def backward(
   d_out: jax.Array,
   d_lse: jax.Array,
   *,
-  block_q: int,
   stages: int,
   num_blocks: int | None = None,
-  directions: str = "alternate",
-  is_persistent: bool = True,
-  is_spread: bool = True,
-  ahead: bool = True,
   interpret: Any = None,
 ) -> FlashGradients:
   """Cotangents of query, key, value and sinks.
@@ -180,13 +181,8 @@ def backward(
     lse: f32[B, H, T], what forward returned, natural log.
     d_out: [B, T, H, Dv], the cotangent of `out`.
     d_lse: f32[B, H, T], the cotangent of `lse`.
-    block_q: Queries of a tile, 64 or, for head_dim up to 128, 128.
     stages: Tiles of Q and dO in flight; of dO one less for a value_dim above 192.
     num_blocks: Blocks that run at once. They wait for each other: the number of multiprocessors bounds it.
-    directions: "alternate" from section to section, "up" or "down".
-    is_persistent: Whether blocks stay on their multiprocessor, if lengths are static.
-    is_spread: Whether tiles of keys without a mask start at different queries.
-    ahead: Whether S^T of the next step is computed behind dQ and dK, for head_dim up to 128.
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
   """
   p = problem
@@ -196,18 +192,18 @@ def backward(
   Dv = 64 * cdiv(p.value_dim, 64)
   D = max(64 * cdiv(p.head_dim, 64), Dv)
   is_wide = D > 128
-  if is_wide and block_q != ROWS:
-    raise ValueError(f"block_q must be {ROWS} for head_dim above 128, got {block_q}")
+  if stages < 2:
+    raise ValueError(f"stages must be at least 2, got {stages}: S of a step needs its queries before the last leave")
   dtype, block_kv = operands.query.dtype, ROWS * (1 if is_wide else NUM_WGS)
   do_stages = max(1, stages - 1) if Dv > 192 else stages  # what shared memory holds
   parts = ((0, WIDE), (WIDE, D - WIDE)) if is_wide else ((0, D),)  # of dQ that are added apart: first column, how many
-  query_tiles, kv_tiles = cdiv(T, block_q), cdiv(S, block_kv)
-  padded = query_tiles * block_q
+  query_tiles, kv_tiles = cdiv(T, ROWS), cdiv(S, block_kv)
+  padded = query_tiles * ROWS
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
   is_interpreted = interpret is not None
-  by_rows = block_q == ROWS * NUM_WGS  # how the warpgroups share a tile of dQ
-  dq_shape = (ROWS, D) if by_rows else (block_q, D // NUM_WGS)
-  walk, schedule = _plan(p, block_q, block_kv, num_blocks, directions, is_persistent, is_spread)
+  swizzle = min(128, D)  # bytes, of K and dS^T: a warpgroup multiplies by half of K's columns
+  ahead = D == 64  # S^T of the next step is computed behind dQ: registers suffice
+  walk, schedule = _plan(p, block_kv, num_blocks)
 
   def kernel(
     table, q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, query_lens, kv_lens, query_ids, kv_ids, visits, turns,
@@ -231,8 +227,9 @@ def backward(
     other = lambda n: lax.rem(n, jnp.int32(2))  # noqa: E731
 
     def everybody():
-      """Waits for the other compute warpgroup."""
+      """Waits for the other compute warpgroup; what both wrote to shared memory may be multiplied and may leave."""
       if is_interpreted:
+        plgpu.commit_smem()
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
       else:
@@ -244,19 +241,19 @@ def backward(
       if p.soft_cap is not None:
         s = jnp.tanh(s * (p.scale / p.soft_cap))
         slope = 1 - s * s
-      first_query, positions = tile * block_q, Positions(p, query_lens, kv_lens, work.batch)
+      first_query, positions = tile * ROWS, Positions(p, query_lens, kv_lens, work.batch)
 
       def cut():
         """By which queries see each key, [low, high) counted from the tile's first."""
         keys = key + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
         low = 0 if positions.right is None else keys - positions.offset - positions.right - first_query
-        low = jnp.where(keys < positions.kv_len, low, block_q)
+        low = jnp.where(keys < positions.kv_len, low, ROWS)
         high = None if positions.left is None else keys - positions.offset + positions.left + 1 - first_query
         return mosaic.keep(s, low, high, interpret=is_interpreted)
 
       if not p.has_segments:
         return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
-      ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, block_q)], layout=COLUMN, optimized=False)
+      ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, ROWS)], layout=COLUMN, optimized=False)
       own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
       s = cut()
       return jnp.where(across(own, s) == down(ids, s), s, -jnp.inf), slope
@@ -361,113 +358,136 @@ def backward(
       plgpu.wait_smem_to_gmem(0)
 
     def compute_rows():
-      """One of two warpgroups with 64 keys each, for head_dim up to 128."""
+      """One of two warpgroups with 64 keys each, for head_dim up to 128.
+
+      The tensor cores work on dP^T while P^T is computed, on dV while dS^T is, and on dK while dQ leaves; for head_dim
+      64 also on S^T of the next step.
+      """
       plgpu.set_max_registers(240, action="increase")
-      rows = pl.ds(warpgroup * ROWS, ROWS)
 
       def one_item(step, done):
         work = item(step)
+        first_key = work.kv_tile * block_kv + warpgroup * ROWS
 
-        def visit(n, carry):
-          """Adds what the n-th step's queries give."""
-          dk, dv, *s = carry
-          at = slot(done + n)
-          (_, tile), key = walk.head_and_tile(work, n), work.kv_tile * block_kv + warpgroup * ROWS
-          mine = mosaic.anew(warpgroup, interpret=is_interpreted)
-          rows = pl.ds(mine * ROWS, ROWS)
-          q, k_tile, v_tile, do = q_smem.at[at], k_smem.at[rows], v_smem.at[rows], do_smem.at[at]
-          ds_pair, dq_tile = ds_smem.at[other(n)], dq_smem.at[other(n)]
-          if by_rows:
-            dq_tile, half_of_ds, half_of_k = dq_tile.at[rows], ds_pair.at[:, rows], k_smem
-          else:
-            columns = pl.ds(mine * dq_shape[1], dq_shape[1])
-            dq_tile, half_of_ds, half_of_k = dq_tile.at[:, columns], ds_pair, k_smem.at[:, columns]
+        def rows():
+          """This warpgroup's keys."""
+          return pl.ds(mosaic.anew(warpgroup, interpret=is_interpreted) * ROWS, ROWS)
 
-          def score_gradient(prob, slope, dp):
-            ds = prob * minus_delta(dp, at)
-            return (ds if slope is None else ds * slope).astype(dtype)
+        def columns():
+          """What this warpgroup computes of dQ."""
+          return pl.ds(mosaic.anew(warpgroup, interpret=is_interpreted) * (D // NUM_WGS), D // NUM_WGS)
 
-          def put_dq(dq):
-            pl.when(n >= 2)(lambda: plgpu.barrier_wait(dq_empty.at[other(n)]))
-            dq_tile[...] = dq
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(dq_full.at[other(n)])
+        def score_gradient(prob, slope, dp, at):
+          ds = prob * minus_delta(dp, at)
+          return (ds if slope is None else ds * slope).astype(dtype)
 
-          if is_interpreted:
-            plgpu.barrier_wait(q_full.at[at])
-            s = mosaic.matmul(k_tile, q.T)
-            plgpu.barrier_wait(do_full.at[at])
-            dp = mosaic.matmul(v_tile, do.T)
-            s, slope = masked_scores(s, work, tile, key)
-            prob = probabilities(s, at)
-            ds = score_gradient(prob, slope, dp)
-            ds_pair[rows] = ds
-            dv = mosaic.add_matmul(dv, prob.astype(dtype), do, interpret=True)
-            plgpu.barrier_arrive(do_empty.at[at])
-            everybody()
-            dq = mosaic.matmul(half_of_ds.T, half_of_k)
-            dk = mosaic.add_matmul(dk, ds, q, interpret=True)
-            plgpu.barrier_arrive(q_empty.at[at])
-            put_dq(dq)
-            return dk, dv
+        def share(n, ds):
+          """dS^T of both warpgroups is there for dQ; dQ of the step before may leave."""
+          ds_smem.at[other(n), rows()][...] = ds
+          everybody()
+          pl.when(n > 0)(lambda: plgpu.barrier_arrive(dq_full.at[other(n + 1)]))
 
-          def products(refs):
-            dk_ref, dv_ref, *next_s_ref = refs
-            if ahead:
-              raw_scores = s[0]
-            else:
-              plgpu.barrier_wait(q_full.at[at])
-              raw_scores = mosaic.begin_scores(k_tile, q)
-            plgpu.barrier_wait(do_full.at[at])
-            dp = mosaic.begin_scores(v_tile, do)
+        def put_dq(n, dq):
+          """It leaves when the warpgroups meet the next time."""
+          pl.when(n >= 2)(lambda: plgpu.barrier_wait(dq_empty.at[other(n)]))
+          dq_smem.at[other(n), :, columns()][...] = dq
+
+        def interpreted_visit(n, accumulators):
+          dk, dv = accumulators
+          at, (_, tile) = slot(done + n), walk.head_and_tile(work, n)
+          q, do = q_smem.at[at], do_smem.at[at]
+          plgpu.barrier_wait(q_full.at[at])
+          plgpu.barrier_wait(do_full.at[at])
+          s, slope = masked_scores(mosaic.matmul(k_smem.at[rows()], q.T), work, tile, first_key)
+          prob = probabilities(s, at)
+          ds = score_gradient(prob, slope, mosaic.matmul(v_smem.at[rows()], do.T), at)
+          dv = mosaic.add_matmul(dv, prob.astype(dtype), do, interpret=True)
+          dk = mosaic.add_matmul(dk, ds, q, interpret=True)
+          plgpu.barrier_arrive(do_empty.at[at])
+          plgpu.barrier_arrive(q_empty.at[at])
+          share(n, ds)
+          put_dq(n, mosaic.matmul(ds_smem.at[other(n)].T, k_smem.at[:, columns()]))
+          return dk, dv
+
+        def products(refs):
+          dk, dv = refs
+
+          def left(x):
+            """This warpgroup's rows of K or V as left operand, for head_dim 64 in registers."""
+            if D > 64:
+              return lambda: x.at[rows()]
+            tile = plgpu.load(x.at[rows()], layout=plgpu.Layout.WGMMA)
+            return lambda: tile
+
+          k, v = left(k_smem), left(v_smem)
+
+          def begin_s(n):
+            plgpu.barrier_wait(q_full.at[slot(done + n)])
+            return mosaic.begin_scores(k(), q_smem.at[slot(done + n)])
+
+          def release_query(n):
+            plgpu.barrier_arrive(q_empty.at[slot(done + n)])
+
+          def visit(n, s):
+            """Adds what the n-th step's queries give; returns S^T of the next step where it is computed ahead."""
+            at, (_, tile) = slot(done + n), walk.head_and_tile(work, n)
+            q, do = q_smem.at[at], do_smem.at[at]
             if not ahead:
-              plgpu.wgmma_wait(1)
-            scores, slope = masked_scores(raw_scores, work, tile, key)
-            prob = probabilities(scores, at)
-            plgpu.wgmma(dv_ref, prob.astype(dtype), do)
-            plgpu.wgmma_wait(1)
-            ds = score_gradient(prob, slope, dp)
-            ds_pair.at[rows][...] = ds
-            everybody()
-            dq = mosaic.begin_matmul(half_of_ds, half_of_k, transpose_lhs=True)
-            plgpu.wgmma(dk_ref, ds, q)
-            plgpu.wgmma_wait(2)
-            plgpu.barrier_arrive(do_empty.at[at])
-            plgpu.wgmma_wait(1)
-            put_dq(dq)
+              s = begin_s(n)
+            plgpu.barrier_wait(do_full.at[at])
+            dp = mosaic.begin_scores(v(), do)
+            if not ahead:
+              plgpu.wgmma_wait(1)  # dK of the step before, S^T
+              pl.when(n > 0)(lambda: release_query(n - 1))
+            s, slope = masked_scores(s, work, tile, first_key)
+            prob = probabilities(s, at)
             if ahead:
-              upcoming = done + jnp.minimum(n + 1, work.steps - 1)
-              pl.when(n + 1 < work.steps)(lambda: plgpu.barrier_wait(q_full.at[slot(upcoming)]))
-              next_s = mosaic.begin_scores(k_tile, q_smem.at[slot(upcoming)])
-              plgpu.wgmma_wait(1)
-              plgpu.barrier_arrive(q_empty.at[at])
-              plgpu.wgmma_wait(0)
-              next_s_ref[0][...] = next_s
-            else:
-              plgpu.wgmma_wait(0)
-              plgpu.barrier_arrive(q_empty.at[at])
+              plgpu.wgmma_wait(1)  # dK of the step before
+              pl.when(n > 0)(lambda: release_query(n - 1))
+            plgpu.wgmma(dv, prob.astype(dtype), do)
+            plgpu.wgmma_wait(1)  # dP^T
+            ds = score_gradient(prob, slope, dp, at)
+            share(n, ds)
+            dq = mosaic.begin_matmul(ds_smem.at[other(n)], k_smem.at[:, columns()], transpose_lhs=True, swizzle=swizzle)
+            if ahead:  # of the last step again, for nothing, where there is no next
+              upcoming = slot(done + jnp.minimum(n + 1, work.steps - 1))
+              pl.when(n + 1 < work.steps)(lambda: plgpu.barrier_wait(q_full.at[upcoming]))
+              next_s = mosaic.begin_scores(k(), q_smem.at[upcoming])
+            plgpu.wgmma(dk, ds, q)
+            plgpu.wgmma_wait(2 if ahead else 1)  # dV, dQ
+            plgpu.barrier_arrive(do_empty.at[at])
+            put_dq(n, dq)
+            if not ahead:
+              return s_before
+            plgpu.wgmma_wait(1)  # S^T
+            return next_s
 
-          start = mosaic.ACC.init(dk), mosaic.ACC.init(dv)
-          return pl.run_state(products)((*start, mosaic.full((ROWS, block_q), 0.0)) if ahead else start)
+          s_before = jnp.int32(0)
+          if ahead:
+            s_before = begin_s(0)
+            plgpu.wgmma_wait(0)
+          lax.fori_loop(0, work.steps, visit, s_before)
+          plgpu.wgmma_wait(0)
+          release_query(work.steps - 1)
 
         plgpu.barrier_wait(kv_full)
-        carry = mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS, Dv), 0.0)
-        if ahead and not is_interpreted:
-          plgpu.barrier_wait(q_full.at[slot(done)])
-          carry = *carry, mosaic.matmul(k_smem.at[rows], q_smem.at[slot(done)].T)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dK and dV of the item before have left
-        dk, dv, *_ = lax.fori_loop(0, work.steps, visit, carry)
+        start = mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS, Dv), 0.0)
+        if is_interpreted:
+          dk, dv = lax.fori_loop(0, work.steps, interpreted_visit, start)
+        else:
+          dk, dv = pl.run_state(products)(tuple(map(mosaic.ACC.init, start)))
         everybody()
+        plgpu.barrier_arrive(dq_full.at[other(work.steps - 1)])
         plgpu.barrier_arrive(kv_empty)
         for buffer in range(2):
           pl.when(work.steps > buffer)(lambda buffer=buffer: plgpu.barrier_wait(dq_empty.at[buffer]))
-        dk_tile, dv_tile = dk_smem.at[rows], dv_smem.at[rows]
+        dk_tile, dv_tile = dk_smem.at[rows()], dv_smem.at[rows()]
         dk_tile[...] = (dk * p.scale).astype(dtype)
         dv_tile[...] = dv.astype(dtype)
         plgpu.commit_smem()
-        own = pl.ds(work.kv_tile * block_kv + warpgroup * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(dk_tile, dk_gmem.at[work.batch, own, work.kv_head])
-        plgpu.copy_smem_to_gmem(dv_tile, dv_gmem.at[work.batch, own, work.kv_head])
+        plgpu.copy_smem_to_gmem(dk_tile, dk_gmem.at[work.batch, pl.ds(first_key, ROWS), work.kv_head])
+        plgpu.copy_smem_to_gmem(dv_tile, dv_gmem.at[work.batch, pl.ds(first_key, ROWS), work.kv_head])
         return done + work.steps
 
       lax.fori_loop(0, count, one_item, jnp.int32(0))
@@ -494,7 +514,7 @@ def backward(
           @pl.loop(0, work.steps)
           def _(n):
             head, tile = walk.head_and_tile(work, n)
-            queries, at = pl.ds(tile * block_q, block_q), slot(done + n)
+            queries, at = pl.ds(tile * ROWS, ROWS), slot(done + n)
             pl.when(done + n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[at]))
             plgpu.copy_gmem_to_smem(q_gmem.at[work.batch, queries, head], q_smem.at[at], q_full.at[at])
             plgpu.copy_gmem_to_smem(lse_gmem.at[work.batch, head, queries], lse_smem.at[at], q_full.at[at])
@@ -524,7 +544,7 @@ def backward(
           @pl.loop(0, work.steps if is_wide else lax.div(work.steps - buffer + 1, jnp.int32(2)))
           def _(i):
             head, tile = walk.head_and_tile(work, i if is_wide else 2 * i + buffer)
-            queries = pl.ds(tile * block_q, block_q)
+            queries = pl.ds(tile * ROWS, ROWS)
             source = dq_parts[part] if is_wide else dq_smem.at[buffer]
             if is_interpreted:  # it has no additions and no counters: one array for each KV tile
               plgpu.barrier_wait(dq_full.at[buffer])
@@ -553,16 +573,16 @@ def backward(
         pl.when(warp == 2)(lambda: add(1))
 
   lse2, delta = _row_statistics(p, operands, out, lse, d_out, d_lse, padded)
-  visits, visited = _visits(p, operands, block_q, block_kv)
-  ids = _segment_ids(operands, block_q, block_kv)
+  visits, visited = _visits(p, operands, block_kv)
+  ids = _segment_ids(operands, block_kv)
   query, key, value, d_out = _prepared(p, operands, d_out, D, Dv)
   from_both = plgpu.Barrier(num_arrivals=NUM_WGS)
   ring, do_ring = (plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in (stages, do_stages))
   dk_tile, dv_tile = mosaic.smem((block_kv, D), dtype), mosaic.smem((block_kv, Dv), dtype)
   if is_wide:
-    leaving = plgpu.RefUnion(*(mosaic.smem((block_q, n), jnp.float32) for _, n in parts), dk_tile, dv_tile)
+    leaving = plgpu.RefUnion(*(mosaic.smem((ROWS, n), jnp.float32) for _, n in parts), dk_tile, dv_tile)
   else:
-    leaving = plgpu.RefUnion(mosaic.smem((2, block_q, D), jnp.float32), (dk_tile, dv_tile))
+    leaving = plgpu.RefUnion(mosaic.smem((2, ROWS, D), jnp.float32), (dk_tile, dv_tile))
   call = plgpu.kernel(
     kernel,
     out_type=(
@@ -575,13 +595,13 @@ def backward(
     num_threads=NUM_WGS + 1,
     thread_name="wg",
     scratch_types=(
-      mosaic.smem((stages, block_q, D), dtype),
-      mosaic.smem((block_kv, D), dtype),
+      mosaic.smem((stages, ROWS, D), dtype),
+      mosaic.smem((block_kv, D), dtype, swizzle),
       mosaic.smem((block_kv, Dv), dtype),
-      mosaic.smem((do_stages, block_q, Dv), dtype),
-      plgpu.SMEM((stages, block_q), jnp.float32),
-      plgpu.SMEM((do_stages, block_q), jnp.float32),
-      mosaic.smem((2, block_kv, block_q), dtype),
+      mosaic.smem((do_stages, ROWS, Dv), dtype),
+      plgpu.SMEM((stages, ROWS), jnp.float32),
+      plgpu.SMEM((do_stages, ROWS), jnp.float32),
+      mosaic.smem((2, block_kv, ROWS), dtype, swizzle),
       leaving,
       plgpu.Barrier(num_arrivals=2),
       from_both,
@@ -606,9 +626,9 @@ def backward(
   if is_interpreted:
     tile = jnp.arange(query_tiles)
     seen = (visits[:, :, 0, None] <= tile) & (tile < visits[:, :, 1, None])  # bool[B, KV tiles, query tiles]
-    seen = jnp.repeat(seen.swapaxes(0, 1), block_q, axis=2)[:, :, None, :, None]
+    seen = jnp.repeat(seen.swapaxes(0, 1), ROWS, axis=2)[:, :, None, :, None]
     dq = jnp.where(seen, dq, 0).sum(0)
-  dq = jnp.where(jnp.repeat(visited, block_q, axis=1)[:, None, :, None], dq * p.scale, 0)
+  dq = jnp.where(jnp.repeat(visited, ROWS, axis=1)[:, None, :, None], dq * p.scale, 0)
   d_sinks = None
   if operands.sinks is not None:
     weight = jnp.exp2(operands.sinks.astype(jnp.float32)[:, None] * LOG2_E - lse2)  # f32[B, H, padded T]
@@ -617,15 +637,13 @@ def backward(
   return FlashGradients(dq, dk[:, :S, :, : p.head_dim], dv[:, :S, :, : p.value_dim], None, d_sinks)
 
 
-def _is_up(section: Any, directions: str) -> Any:
+def _is_up(section: Any) -> Any:
   """Whether a section's items walk up through the queries."""
-  return section % 2 == 0 if directions == "alternate" else directions == "up"
+  return section % 2 == 0
 
 
 @functools.lru_cache(256)
-def _schedule(
-  problem: FlashProblem, block_q: int, block_kv: int, width: int, num_blocks: int, directions: str
-) -> np.ndarray:
+def _schedule(problem: FlashProblem, block_kv: int, width: int, num_blocks: int) -> np.ndarray:
   """i32[blocks, 1 + n]: how many items each block has, and which: the next to the block that is free first."""
   p = problem
   left, right = p.window or (None, None)
@@ -634,11 +652,11 @@ def _schedule(
   offset, everywhere = p.kv_len - p.query_len, 0 * begin
   low = everywhere if right is None else np.maximum(begin - offset - right, 0)
   high = everywhere + p.query_len if left is None else np.minimum(begin + block_kv - offset + left, p.query_len)
-  tiles = np.maximum(-(-high // block_q) - low // block_q, 1) * (p.num_heads // p.num_kv_heads)
+  tiles = np.maximum(-(-high // ROWS) - low // ROWS, 1) * (p.num_heads // p.num_kv_heads)
   heads = p.batch * p.num_kv_heads
   costs = []
   for section in range(cdiv(heads, width)):
-    in_order = tiles[::-1] if _is_up(section, directions) else tiles
+    in_order = tiles[::-1] if _is_up(section) else tiles
     costs.extend(np.repeat(in_order, min(width, heads - section * width)) + ITEM_COST)
   return mosaic.deal(costs, num_blocks)
 
@@ -669,7 +687,7 @@ def _prepared(
   return query, key, value, d_out
 
 
-def _visits(problem: FlashProblem, operands: FlashOperands, block_q: int, block_kv: int):
+def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   """Which query tiles each KV tile meets.
 
   Returns:
@@ -679,7 +697,7 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_q: int, block_
     masked. `visited` says which query tiles any KV tile meets.
   """
   T, S = problem.query_len, problem.kv_len
-  query_tiles, kv_tiles = cdiv(T, block_q), cdiv(S, block_kv)
+  query_tiles, kv_tiles = cdiv(T, ROWS), cdiv(S, block_kv)
   query_lens, kv_lens, offsets = (x[:, None] for x in spans(problem, operands))
   left, right = problem.window or (None, None)
   right = min(0, T + S if right is None else right) if problem.is_causal else right
@@ -688,10 +706,10 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_q: int, block_
   low = jnp.zeros_like(end) if right is None else jnp.maximum(begin - offsets - right, 0)
   high = jnp.minimum(query_lens, T if left is None else end - offsets + left)
   meets = (begin < end) & (low < high)
-  first, last = low // block_q, cdiv(jnp.maximum(high, 0), block_q)
+  first, last = low // ROWS, cdiv(jnp.maximum(high, 0), ROWS)
   if problem.has_segments:
-    query_ids, kv_ids = _segment_ids(operands, block_q, block_kv)
-    query_ids, kv_ids = query_ids.reshape(-1, query_tiles, block_q), kv_ids.reshape(-1, kv_tiles, block_kv)
+    query_ids, kv_ids = _segment_ids(operands, block_kv)
+    query_ids, kv_ids = query_ids.reshape(-1, query_tiles, ROWS), kv_ids.reshape(-1, kv_tiles, block_kv)
     same = kv_ids.min(-1)[:, :, None] <= query_ids.max(-1)[:, None]
     same &= query_ids.min(-1)[:, None] <= kv_ids.max(-1)[:, :, None]  # bool[B, KV tiles, query tiles]
     tile = jnp.arange(query_tiles)
@@ -702,9 +720,9 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_q: int, block_
   last = jnp.maximum(lax.cummax(jnp.where(meets, last, 0), axis=1), 1)
   first = jnp.minimum(first, last - 1)
   whole_first = (
-    jnp.zeros_like(end) if right is None else cdiv(jnp.maximum(begin + block_kv - 1 - offsets - right, 0), block_q)
+    jnp.zeros_like(end) if right is None else cdiv(jnp.maximum(begin + block_kv - 1 - offsets - right, 0), ROWS)
   )
-  whole_last = last if left is None else jnp.maximum(begin - offsets + left + 1, 0) // block_q
+  whole_last = last if left is None else jnp.maximum(begin - offsets + left + 1, 0) // ROWS
   if problem.has_segments:
     whole_first = last
   whole_first = jnp.clip(jnp.where(end < begin + block_kv, last, whole_first), first, last)
@@ -716,10 +734,10 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_q: int, block_
   return jnp.stack([first, last, whole_first, whole_last, before, after], -1).astype(jnp.int32), visited
 
 
-def _segment_ids(operands: FlashOperands, block_q: int, block_kv: int) -> tuple[Any, Any]:
+def _segment_ids(operands: FlashOperands, block_kv: int) -> tuple[Any, Any]:
   """Segment ids padded to whole tiles."""
 
   def padded(ids, block):
     return None if ids is None else jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
 
-  return padded(operands.query_segments, block_q), padded(operands.kv_segments, block_kv)
+  return padded(operands.query_segments, ROWS), padded(operands.kv_segments, block_kv)

@@ -419,7 +419,8 @@ def forward(
           plgpu.barrier_wait(v_empty.at[lax.rem(i, jnp.int32(stages))])
 
   query, key, value = (mosaic.whole_groups(x) for x in operands[:3])
-  padded = query.shape[1]
+  # A copy of plain values is not cut at the end of its axis as one of tiles is: whole tiles of rows.
+  lse_rows = query_tiles * rows_together
   ring = plgpu.Barrier(num_barriers=stages)
   ring_empty = plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   if cluster > 1:
@@ -427,8 +428,8 @@ def forward(
   call = plgpu.kernel(
     kernel,
     out_type=(
-      jax.ShapeDtypeStruct((p.batch, padded, H, Dv), dtype),
-      jax.ShapeDtypeStruct((p.batch, H, padded), jnp.float32),
+      jax.ShapeDtypeStruct((*query.shape[:3], Dv), dtype),
+      jax.ShapeDtypeStruct((p.batch, H, lse_rows), jnp.float32),
     ),
     grid=(items if schedule is None else len(schedule),),
     grid_names=("block",),

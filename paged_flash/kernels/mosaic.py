@@ -43,15 +43,18 @@ def untyped(f: Callable[..., Any], *trees: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(jaxpr)(*leaves))
 
 
-def _transforms(shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any]:
+def _transforms(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> tuple[Any, Any]:
   bits = jnp.finfo(dtype).bits
-  swizzle = plgpu.find_swizzle(shape[-1] * bits)
+  swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
   return _tiling((8, 8 * swizzle // bits)), _swizzle(swizzle)
 
 
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-  """A tile in shared memory, tiled and swizzled as TMA and wgmma want it."""
-  return plgpu.SMEM(shape, dtype, transforms=_transforms(shape, dtype))
+def smem(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> Any:
+  """A tile in shared memory, tiled and swizzled as TMA and wgmma want it; by 128 bytes where they fit a row, if unsaid.
+
+  Columns can be sliced in pieces of `swizzle` bytes.
+  """
+  return plgpu.SMEM(shape, dtype, transforms=_transforms(shape, dtype, swizzle))
 
 
 def whole_groups(x: jax.Array) -> jax.Array:
@@ -359,21 +362,23 @@ class Turn:
     barrier(index + self.FIRST_BARRIER)
 
 
-def begin_scores(query: Any, key: Any) -> jax.Array:
+def begin_scores(query: Any, key: Any, *, swizzle: int | None = None) -> jax.Array:
   """`begin_matmul` of query [64, D], in registers or in shared memory, and key [N, D].T."""
-  return begin_matmul(query, key, transpose_rhs=True)
+  return begin_matmul(query, key, transpose_rhs=True, swizzle=swizzle)
 
 
-def begin_matmul(lhs: Any, rhs: Any, *, transpose_lhs: bool = False, transpose_rhs: bool = False) -> jax.Array:
+def begin_matmul(
+  lhs: Any, rhs: Any, *, transpose_lhs: bool = False, transpose_rhs: bool = False, swizzle: int | None = None
+) -> jax.Array:
   """Issues lhs @ rhs [64, N] and returns the f32 result, which must be waited for (`plgpu.wgmma_wait`).
 
   `plgpu.wgmma` adds to an accumulator, so a fresh product needs zeros: N / 2 registers to be cleared before the first
   instruction. Here that instruction is told to ignore what the registers hold. `lhs` lies in registers or in shared
-  memory, `rhs` in shared memory.
+  memory, `rhs` in shared memory; `swizzle` as told to `smem`.
   """
   in_registers, columns = isinstance(lhs, jax.Array), rhs.shape[1]
   shape = (lhs.shape[1 if transpose_lhs else 0], rhs.shape[0 if transpose_rhs else 1])
-  as_ref = lambda x: plgpu.RefType(_transforms(x.shape, x.dtype))  # noqa: E731
+  as_ref = lambda x: plgpu.RefType(_transforms(x.shape, x.dtype, swizzle))  # noqa: E731
 
   @_inline(
     arg_types=(plgpu.Layout.WGMMA if in_registers else as_ref(lhs), as_ref(rhs)),
@@ -391,8 +396,8 @@ def begin_matmul(lhs: Any, rhs: Any, *, transpose_lhs: bool = False, transpose_r
     block = ir.InsertionPoint.current.block
     before = len(block.operations)
     turn = lambda x, is_turned: mgpu.memref_transpose(x, (1, 0, 3, 2)) if is_turned else x  # noqa: E731
-    swizzle = plgpu.find_swizzle(columns * 16)
-    product = mgpu.wgmma(accumulator, turn(lhs, transpose_lhs), turn(rhs, transpose_rhs), swizzle=swizzle)
+    bytes_ = swizzle or plgpu.find_swizzle(columns * 16)
+    product = mgpu.wgmma(accumulator, turn(lhs, transpose_lhs), turn(rhs, transpose_rhs), swizzle=bytes_)
     issued = [op for op in list(block.operations)[before:] if "asm_string" in op.attributes]
     first = next(op for op in issued if "wgmma.mma_async" in str(op.attributes["asm_string"]))
     # Its operands end with: whether to add, two signs, whether each operand in shared memory is transposed.

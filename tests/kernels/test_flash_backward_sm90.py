@@ -29,8 +29,7 @@ def interpreter():
 @pytest.mark.parametrize("name", CASES)
 def test_backward_is_the_definition(name):
   call, _ = mosaic_help.drawn(name)
-  is_wide = max(call["query"].shape[-1], call["value"].shape[-1]) > 64 or name == "window_pair"
-  tiles = dict(block_q=64 if is_wide else 128, stages=2, num_blocks=2)
+  tiles = dict(stages=2, num_blocks=2)
   problem, operands = flash_problem(**call)
   d_out, d_lse = cases.cotangents(call)
   wide = mosaic_help.as_float32(operands)
@@ -50,15 +49,14 @@ def test_backward_is_the_definition(name):
   assert not gradients.query[dead].any()
 
 
-@pytest.mark.parametrize("directions", ["alternate", "up"])
 @pytest.mark.parametrize("tokens, arguments", SCHEDULES)
-def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments, directions):
+def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments):
   block_q, block_kv, width = 64, 128, 2
   x = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
   sizes = dict(query_len=tokens[0], kv_len=tokens[1], num_heads=8, num_kv_heads=4)
   one = dataclasses.replace(flash_problem(x, x, x, **arguments)[0], **sizes)
   kv_tiles, heads = -(-tokens[1] // block_kv), 4 * 3
-  table = _schedule(dataclasses.replace(one, batch=3), block_q, block_kv, width, min(13, kv_tiles * heads), directions)
+  table = _schedule(dataclasses.replace(one, batch=3), block_kv, width, min(13, kv_tiles * heads))
   rows = [row[1 : 1 + row[0]] for row in table]
   assert sorted(np.concatenate(rows).tolist()) == list(range(kv_tiles * heads))
   assert all((np.diff(row) > 0).all() for row in rows)  # what a block waits for comes earlier in the order
@@ -70,7 +68,7 @@ def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments, dir
 
   def load(row):
     section, tile = row // (width * kv_tiles), row % (width * kv_tiles) // width
-    is_up = (directions == "up") | (section % 2 == 0)
+    is_up = section % 2 == 0
     return sum(cost[i] for i in np.where(is_up, kv_tiles - 1 - tile, tile))
 
   loads = [load(row) for row in rows]
@@ -96,9 +94,9 @@ def test_blocks_that_run_together_never_wait_for_each_other_in_a_circle(name, nu
   B, T, S, H, K, block_kv, arguments = WALKS[name]
   call = cases.flash_call("walk", {"walk": (B, T, S, H, K, 8, arguments)})
   problem, operands = flash_problem(**call)
-  walk, schedule = _plan(problem, 64, block_kv, num_blocks)
+  walk, schedule = _plan(problem, block_kv, num_blocks)
   assert walk.spread == name.startswith("spread") or num_blocks < 132
-  visits, visited = _visits(problem, operands, 64, block_kv)
+  visits, visited = _visits(problem, operands, block_kv)
   items = walk.heads * walk.kv_tiles
   if schedule is None:
     lists = [[item] for item in range(items)]  # the hardware starts blocks in their order
@@ -146,7 +144,7 @@ def test_no_more_blocks_than_multiprocessors(monkeypatch, num_cores, asked, dims
   )
   for is_causal in (False, True):
     problem, operands = flash_problem(x, x, x, is_causal=is_causal)
-    run = functools.partial(backward, problem, block_q=64, stages=2, num_blocks=asked)
+    run = functools.partial(backward, problem, stages=2, num_blocks=asked)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
       jax.eval_shape(run, operands, x, rows, x, rows)
   assert len(grids) == 2 and all(num_cores / 2 < blocks <= num_cores for (blocks,) in grids)
