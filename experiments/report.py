@@ -10,8 +10,9 @@ A document asks for a table or a figure with a pair of comments; what stands bet
 
 The first word is the result's path below experiments/results, without ".json". The other words pick columns of its
 "rows" (none: all), each with a format of Python's or "bytes" if wanted; `key==value` instead keeps only the rows where
-it holds. `figure=occupancy` in their place draws a figure of that name (see `FIGURES`) into docs/figures/. Result files
-are those of `paged_flash.experiment.write_result`.
+it holds. `figure=occupancy` in their place draws a figure of that name (see `FIGURES`) into docs/figures/.
+`report:claims` makes the table of all claims that the results judge (`experiments.claims`). Result files are those of
+`paged_flash.experiment.write_result`.
 """
 
 import hashlib
@@ -28,15 +29,18 @@ from PIL import Image
 from paged_flash.analysis import (
   human_bytes,
   show_attention_bars,
+  show_attention_io,
   show_attention_memory,
   show_attention_sweep,
   show_attention_traffic,
+  show_batches,
   show_memory_split,
   show_occupancy,
   show_page_sizes,
   show_paged_bars,
   show_paged_sweep,
   show_rates,
+  show_stalls,
 )
 from paged_flash.analysis.pictures import Picture
 
@@ -46,19 +50,22 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "occupancy": lambda result: show_occupancy(
     result["steps"], num_pages=result["num_pages"], page_bytes=result.get("page_bytes")
   ),
-  # The results of experiments.attention, experiments.attention_memory and experiments.attention_traffic.
+  # The results of the experiments attention, attention_memory, attention_traffic and attention_io.
   "attention_bars": lambda result: show_attention_bars(result["timings"], matmul_flops=result["matmul_flops"]),
   "attention_sweep": lambda result: show_attention_sweep(result["timings"], matmul_flops=result["matmul_flops"]),
   "attention_memory": lambda result: show_attention_memory(result["rows"]),
   "attention_traffic": lambda result: show_attention_traffic(result["rows"]),
+  "attention_io": lambda result: show_attention_io(result["rows"]),
   # The results of experiments.paged_attention.
   "paged_bars": lambda result: show_paged_bars(result["timings"]),
   "paged_sweep": lambda result: show_paged_sweep(result["timings"]),
   "paged_tflops": lambda result: show_paged_bars(result["timings"], value="tflops"),
-  # The results of experiments.memory and experiments.simulate.
+  # The results of the experiments memory, simulate and batching.
   "memory_split": lambda result: show_memory_split(result["rows"]),
   "page_sizes": lambda result: show_page_sizes(result["rows"]),
   "rates": lambda result: show_rates(result["rows"]),
+  "batches": lambda result: show_batches([row | result["series"][row["way"]] for row in result["rows"]]),
+  "stalls": lambda result: show_stalls(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 
@@ -136,23 +143,52 @@ def _render(
   root: pathlib.Path, document: pathlib.Path, name: str, words: list[str], check: bool
 ) -> tuple[str, list[pathlib.Path]]:
   """The text between a pair of comments, and the figure files that were not up to date."""
+  if name == "claims":
+    return _claims(root, document, check)
   data = (root / "experiments" / "results" / f"{name}.json").read_bytes()
   result = json.loads(data)
   if not words or not words[0].startswith("figure="):
     return table(result, words), []
   kind = words[0].removeprefix("figure=")
+  link, stale = _figure(root, document, name, data, kind, check)
+  return f"![{kind} of {result['experiment']}]({link})\n\n{source(result)}\n", stale
+
+
+def _claims(root: pathlib.Path, document: pathlib.Path, check: bool) -> tuple[str, list[pathlib.Path]]:
+  """The table of the claims of all results, by number, and the figure files that were not up to date."""
+  rows, stale = [], []
+  results = root / "experiments" / "results"
+  for path in sorted(results.glob("**/*.json")):
+    data = path.read_bytes()
+    result, name = json.loads(data), path.relative_to(results).with_suffix("").as_posix()
+    for claim in result.get("claims", []):
+      links = [f"[result]({os.path.relpath(path, document.parent)})"]
+      if claim["figure"]:
+        link, new = _figure(root, document, name, data, claim["figure"], check)
+        links, stale = [f"[figure]({link})", *links], stale + new
+      number, place = claim["number"], "CPU" if result["device"]["platform"] == "cpu" else result["device"]["kind"]
+      cells = [claim[key] for key in ("claim", "source", "theirs", "ours", "verdict")]
+      rows.append(((int(re.sub(r"\D", "", number)), number, name), [number, *cells, place, " ".join(links)]))
+  head = ["", "claim", "source", "theirs", "ours", "verdict", "on", "see"]
+  lines = [head, ["---"] * len(head), *(cells for _, cells in sorted(rows))]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines), stale
+
+
+def _figure(
+  root: pathlib.Path, document: pathlib.Path, name: str, data: bytes, kind: str, check: bool
+) -> tuple[str, list[pathlib.Path]]:
+  """The link to a result's figure, drawn unless it is there, and its file if it was not up to date."""
   path = root / "docs" / "figures" / f"{name.replace('/', '_')}_{kind}.png"
   link = os.path.relpath(path, document.parent)
-  text = f"![{kind} of {result['experiment']}]({link})\n\n{source(result)}\n"
   digest = hashlib.sha256(data).hexdigest()  # kept in the picture: it was drawn from this result
   if path.exists():
     with Image.open(path) as image:
       if image.info.get("Source") == digest:
-        return text, []
+        return link, []
   if not check:
     path.parent.mkdir(parents=True, exist_ok=True)
-    FIGURES[kind](result).savefig(path, dpi=144, bbox_inches="tight", metadata={"Source": digest})
-  return text, [path]
+    FIGURES[kind](json.loads(data)).savefig(path, dpi=144, bbox_inches="tight", metadata={"Source": digest})
+  return link, [path]
 
 
 def _cell(value: Any, form: str) -> str:

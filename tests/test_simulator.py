@@ -46,6 +46,17 @@ def test_every_token_is_computed_and_recomputed_only_after_a_preemption():
   assert (starved.log.used + starved.log.internal + starved.log.free == 14 * 4).all()
 
 
+def test_a_static_batch_waits_for_its_longest_request():
+  memory = Paged(num_pages=32, page_size=4)
+  outputs = [2, 5, 3, 1]
+  static, flowing = (
+    simulate([1] * 4, outputs, memory=memory, num_slots=2, token_budget=8, is_static=is_static)
+    for is_static in (True, False)
+  )
+  assert static.log.running.tolist() == [2, 2, 1, 1, 1, 2, 1, 1] and static.end.tolist() == [2, 5, 8, 6]
+  assert flowing.log.running.tolist() == [2, 2, 2, 2, 2, 1] and flowing.end.tolist() == [2, 5, 5, 6]
+
+
 def test_arrivals_and_the_clock_by_hand():
   served = simulate(
     [2, 3, 1],

@@ -179,6 +179,46 @@ def show_attention_traffic(rows: Sequence[Record]) -> Picture:
   return figure
 
 
+def show_attention_io(rows: Sequence[Record]) -> Picture:
+  """Draws the bytes that attention moves: over the rows of queries of a tile, and over the sequence length.
+
+  Args:
+    rows: one for each length and tile: "seq_len", "rows", "flash_bytes" (between fast and slow memory),
+      "theory_bytes", "flash_hbm_bytes" (behind an L2 cache), "naive_bytes", "compulsory_bytes" (every operand once).
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  if not rows:
+    raise ValueError("rows must be at least one record, got none")
+  longest, largest = (max(row[key] for row in rows) for key in ("seq_len", "rows"))
+  lines = (
+    ("naive_bytes", "with the score matrix", "o-", _COLOURS[0]),
+    ("flash_bytes", "tiled, between fast and slow memory", "o-", _OURS),
+    ("theory_bytes", "by Theorem 2", "--", _CEILING),
+    ("flash_hbm_bytes", "tiled, behind an L2 cache", "o-", _COLOURS[2]),
+    ("compulsory_bytes", "every operand once", ":", _CEILING),
+  )
+  figure = Picture(figsize=(9.2, 4.2), layout="constrained")
+  axes = figure.subplots(1, 2, sharey=True, squeeze=False)
+  panels = (("rows", "seq_len", longest, "queries of a tile"), ("seq_len", "rows", largest, "sequence length"))
+  for ax, (key, other, fixed, label) in zip(axes[0], panels, strict=True):
+    here = sorted((row for row in rows if row[other] == fixed), key=lambda row: row[key])
+    for name, text, style, colour in lines:
+      ax.plot([row[key] for row in here], [row[name] for row in here], style, color=colour, lw=1.8, ms=4, label=text)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    _lengths_axis(ax, [row[key] for row in here])
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    ax.set_xlabel(label)
+    ax.set_title(f"sequence of {fixed}" if other == "seq_len" else f"tiles of {fixed} queries", loc="left", fontsize=9)
+    ax.grid(lw=0.4)
+    ax.spines[["top", "right"]].set_visible(False)
+  axes[0, 0].set_ylabel("bytes moved, one head")
+  _legend(figure, axes)
+  return figure
+
+
 def show_paged_bars(timings: Sequence[Record], *, value: str = "tbs") -> Picture:
   """Draws the speed of every implementation of paged attention as bars, grouped by case.
 

@@ -1,59 +1,8 @@
-"""How many bytes a KV cache takes: per token, per page, in a budget, and held in vain."""
+"""How many bytes of a KV cache are held in vain."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
-from jax.typing import DTypeLike
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KVShape:
-  """What decides the size of the KV cache of a model.
-
-  Example:
-    >>> kv = KVShape(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")
-    >>> kv.bytes_per_token
-    23040
-    >>> kv.num_pages(2**30, page_size=16)
-    2912
-  """
-
-  num_layers: int
-  num_kv_heads: int
-  head_dim: int
-  dtype: DTypeLike
-
-  @property
-  def bytes_per_token(self) -> int:
-    """Keys and values of all layers: 2 * L * K * D * itemsize."""
-    return 2 * self.num_layers * self.num_kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
-
-  def page_bytes(self, page_size: int) -> int:
-    """Bytes of one page of all layers."""
-    return page_size * self.bytes_per_token
-
-  def num_pages(self, budget: int, *, page_size: int) -> int:
-    """Pages that fit into a budget of bytes.
-
-    Raises:
-      ValueError: if not even one page fits.
-    """
-    pages = budget // self.page_bytes(page_size)
-    if pages < 1:
-      raise ValueError(f"budget must hold at least one page of {self.page_bytes(page_size)} bytes, got {budget} bytes")
-    return pages
-
-  def explain(self, budget: int, *, page_size: int) -> str:
-    """The same arithmetic in two lines of text, for a log or a terminal."""
-    pages = self.num_pages(budget, page_size=page_size)
-    itemsize = np.dtype(self.dtype).itemsize
-    return (
-      f"one token: 2 (K and V) x {self.num_layers} layers x {self.num_kv_heads} KV heads x {self.head_dim} head_dim"
-      f" x {itemsize} bytes = {self.bytes_per_token:,} bytes\n"
-      f"{human_bytes(budget)} / ({page_size} tokens x {self.bytes_per_token:,} bytes) = {pages:,} pages"
-      f" = {pages * page_size:,} tokens"
-    )
 
 
 def compare_held(lengths: Any, *, max_length: int, page_size: int, bytes_per_token: int = 1) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Charts of simulated serving: who has the memory, latency over the request rate, what the page size costs.
 
-They take the rows that the experiments memory and simulate write. No pyplot, no global state.
+They take the rows that the experiments memory, simulate and batching write. No pyplot, no global state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -120,6 +120,68 @@ def show_page_sizes(rows: Sequence[Row]) -> Picture:
     ax.grid(lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
   figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+  return figure
+
+
+def show_batches(rows: Sequence[Row]) -> Picture:
+  """Draws the requests in the batch over time, a panel for each way of batching.
+
+  Args:
+    rows: "way", "seconds" to the end of the last request, "num_slots", "utilisation" (mean running by slots) and
+      "times", "running": two lists, when steps began and the requests in them.
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  if not rows:
+    raise ValueError("rows must be at least one record, got none")
+  figure = Picture(figsize=(7.4, 0.9 + 1.5 * len(rows)), layout="constrained")
+  axes = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+  for row, ax, colour in zip(rows, axes, _COLOURS, strict=False):
+    ax.stairs(row["running"], [*row["times"], row["seconds"]], fill=True, color=colour, alpha=0.8)
+    ax.axhline(row["num_slots"], color="#1f2933", lw=0.8, ls="--")
+    text = f"{row['way']}: {row['seconds']:.0f} s, {row['utilisation']:.0%} of the slots in use"
+    ax.set_title(text, loc="left", fontsize=9)
+    ax.set_ylabel("requests")
+    ax.spines[["top", "right"]].set_visible(False)
+  axes[-1].set_xlabel("seconds")
+  axes[-1].set_xlim(0, max(row["seconds"] for row in rows))
+  return figure
+
+
+def show_stalls(rows: Sequence[Row]) -> Picture:
+  """Draws, over the tokens of a step, the time between tokens and the time to the first one.
+
+  Args:
+    rows: "token_budget", "token_p50_s", "token_p99_s", "token_max_s", "first_token_p50_s", "first_token_p99_s".
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  if not rows:
+    raise ValueError("rows must be at least one record, got none")
+  rows = sorted(rows, key=lambda row: row["token_budget"])
+  figure = Picture(figsize=(8.6, 3.5), layout="constrained")
+  between, first = figure.subplots(1, 2)
+  budgets = [row["token_budget"] for row in rows]
+  for ax, name, parts in ((between, "token", ("p50", "p99", "max")), (first, "first_token", ("p50", "p99"))):
+    for part, colour in zip(parts, ("#4878a8", "#c0392b", "#7b8794"), strict=False):
+      label = {"p50": "median", "p99": "99th percentile", "max": "longest"}[part]
+      ax.plot(budgets, [row[f"{name}_{part}_s"] for row in rows], "o-", ms=3.5, color=colour, label=label)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(budgets))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    ax.tick_params(axis="x", labelsize=8)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{1e3 * s:g} ms" if s < 1 else f"{s:g} s"))
+    ax.set_xlabel("tokens of a step at most")
+    ax.grid(lw=0.4)
+    ax.spines[["top", "right"]].set_visible(False)
+  between.set_title("between the tokens of a running request", loc="left", fontsize=9)
+  first.set_title("from arrival to the first token", loc="left", fontsize=9)
+  handles, labels = between.get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
   return figure
 
 

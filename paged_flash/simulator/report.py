@@ -122,6 +122,7 @@ def simulate(
   contents: np.ndarray | None = None,
   samples: int = 1,
   policy: scheduler.Policy = scheduler.first_come,
+  is_static: bool = False,
   queue_size: int | None = None,
   log_size: int = 1024,
 ) -> Served:
@@ -140,6 +141,8 @@ def simulate(
     samples: of each request, sharing its prompt's pages; contiguous memory shares nothing. R is then so many times
       as large in what is returned.
     policy: who comes first, of pages; `paged_flash.policies` has some.
+    is_static: batches of as many requests as there are slots, each begun when the one before has ended, as servers did
+      before continuous batching (Yu et al. 2022).
     queue_size: requests that the policy sees, running and waiting; None for twice the slots, which is as good as all
       of them for first come, first served.
     log_size: steps that the log keeps at most, spread evenly over the run.
@@ -156,7 +159,7 @@ def simulate(
   workloads, settings = _prepare(
     prompt_lens, output_lens, [memory], None if arrivals is None else [arrivals], num_slots=num_slots,
     token_budget=token_budget, chunk_size=chunk_size, latency=latency, log_size=log_size,
-    contents=contents, samples=samples, policy=policy, queue_size=queue_size,
+    contents=contents, samples=samples, policy=policy, is_static=is_static, queue_size=queue_size,
   )  # fmt: skip
   return _served(workloads[0], _jitted(workloads[0], settings), settings.ticks_per_s)
 
@@ -174,6 +177,7 @@ def sweep(
   contents: np.ndarray | None = None,
   samples: int = 1,
   policy: scheduler.Policy = scheduler.first_come,
+  is_static: bool = False,
   queue_size: int | None = None,
   log_size: int = 1024,
 ) -> list[Served]:
@@ -190,7 +194,7 @@ def sweep(
   workloads, settings = _prepare(
     prompt_lens, output_lens, memory, arrivals, num_slots=num_slots,
     token_budget=token_budget, chunk_size=chunk_size, latency=latency, log_size=log_size,
-    contents=contents, samples=samples, policy=policy, queue_size=queue_size,
+    contents=contents, samples=samples, policy=policy, is_static=is_static, queue_size=queue_size,
   )  # fmt: skip
   outcomes = _mapped(jax.tree.map(lambda *runs: jnp.stack(runs), *workloads), settings)
   outcomes = jax.tree.map(np.asarray, outcomes)
@@ -208,7 +212,7 @@ _mapped = functools.partial(jax.jit, static_argnames="settings")(
 
 def _prepare(
   prompt_lens, output_lens, memories, arrivals, *,
-  num_slots, token_budget, chunk_size, latency, contents, samples, policy, queue_size, log_size,
+  num_slots, token_budget, chunk_size, latency, contents, samples, policy, is_static, queue_size, log_size,
 ) -> tuple[list[Workload], Settings]:  # fmt: skip
   """Checked workloads, one for each memory, and the settings they share."""
   prompts, outputs = np.asarray(prompt_lens, np.int32), np.asarray(output_lens, np.int32)
@@ -276,6 +280,7 @@ def _prepare(
     queue_size=queue_size,
     samples=samples,
     policy=policy,
+    is_static=is_static,
     latency=latency,
     ticks_per_s=per_s,
     log_size=log_size,

@@ -45,6 +45,7 @@ class Settings:
   queue_size: int  # requests, running or waiting, that the policy sees
   samples: int  # of each prompt, where there are pages to share
   policy: scheduler.Policy
+  is_static: bool  # a batch begins only when the one before it has ended
   latency: LatencyModel | None  # None: a step takes a tick
   ticks_per_s: int  # of the latency model's seconds
   log_size: int  # steps that the log keeps, even
@@ -185,11 +186,12 @@ def _submit(workload: Workload, settings: Settings, clock, state, cursor):
     The state, requests submitted so far, and bool[], whether the first of the others was refused its memory.
   """
   R, n = workload.prompt_lens.size, 1 if workload.reserve is not None else settings.samples
+  is_open = ~jnp.any(_inner(state).live) if settings.is_static else jnp.bool(True)
   width = 0 if workload.contents is None else workload.contents.shape[1]
 
   def waits(state, cursor):
     inner = _inner(state)
-    room = jnp.sum(inner.live) + n <= inner.arrival.size
+    room = is_open & (jnp.sum(inner.live) + n <= (settings.num_slots if settings.is_static else inner.arrival.size))
     if workload.reserve is not None:
       running = jnp.where(inner.running >= 0, inner.running, inner.arrival.size)
       tokens = inner.requests.num_tokens.at[running].add(-inner.table.seq_lens, mode="drop")

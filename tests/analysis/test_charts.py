@@ -98,11 +98,11 @@ PAGED = [
 
 def test_paged_bars_show_what_comes_from_memory_and_leave_out_what_is_wrong():
   (ax,) = show_paged_bars(PAGED).axes
-  bars = {str(bars.get_label()): [patch.get_height() for patch in bars.patches] for bars in ax.containers}
+  bars = {str(bars.get_label()): [bar.get_height() for bar in bars] for bars in ax.containers}
   assert bars == {"ours": [4, 5], "FA3": [3]}
   assert len(ax.collections) == 2  # a ceiling for each case
   (ax,) = show_paged_bars(PAGED[:1], value="tflops").axes
-  assert [patch.get_height() for patch in ax.patches] == [10] and not ax.collections
+  assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [[10]] and not ax.collections
 
 
 def test_paged_sweep_has_a_panel_for_each_quantity_that_varies():

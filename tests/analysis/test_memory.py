@@ -1,25 +1,8 @@
-"""KV-cache arithmetic against numbers worked out by hand."""
+"""Memory held in vain against numbers worked out by hand."""
 
 import pytest
 
-from paged_flash.analysis import KVShape, compare_held, human_bytes
-
-SMOLLM2 = KVShape(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")
-
-
-def test_bytes_per_token_and_pages():
-  assert SMOLLM2.bytes_per_token == 23_040
-  assert SMOLLM2.page_bytes(16) == 360 * 1024
-  assert SMOLLM2.num_pages(360 * 1024 * 7 + 1, page_size=16) == 7
-  with pytest.raises(ValueError, match="at least one page of 368640 bytes, got 1000 bytes"):
-    SMOLLM2.num_pages(1000, page_size=16)
-
-
-def test_explain_prints_the_arithmetic():
-  assert SMOLLM2.explain(2**30, page_size=16) == (
-    "one token: 2 (K and V) x 30 layers x 3 KV heads x 64 head_dim x 2 bytes = 23,040 bytes\n"
-    "1 GiB / (16 tokens x 23,040 bytes) = 2,912 pages = 46,592 tokens"
-  )
+from paged_flash.analysis import compare_held, human_bytes
 
 
 def test_held_and_wasted():

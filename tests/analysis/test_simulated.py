@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from paged_flash.analysis import show_memory_split, show_page_sizes, show_rates
+from paged_flash.analysis import show_batches, show_memory_split, show_page_sizes, show_rates, show_stalls
 from paged_flash.analysis.simulated import PARTS
 
 
@@ -47,4 +47,28 @@ def test_page_sizes_leave_contiguous_rows_out():
 @pytest.mark.parametrize("draw", [show_memory_split, show_rates, show_page_sizes])
 def test_nothing_to_draw_is_refused(draw):
   with pytest.raises(ValueError, match="got none"):
+    draw([])
+
+
+def test_batches_are_drawn_to_the_end_of_each_run():
+  row = dict(num_slots=4, utilisation=0.5, times=[0.0, 1.0, 2.5], running=[4, 3, 1])
+  axes = show_batches([row | dict(way="static", seconds=8.0), row | dict(way="continuous", seconds=3.0)]).axes
+  assert [ax.get_title(loc="left") for ax in axes] == [
+    "static: 8 s, 50% of the slots in use",
+    "continuous: 3 s, 50% of the slots in use",
+  ]
+  assert axes[0].get_xlim() == (0, 8)
+
+
+def test_stalls_are_lines_over_the_tokens_of_a_step():
+  names = ("token_p50_s", "token_p99_s", "token_max_s", "first_token_p50_s", "first_token_p99_s")
+  rows = [dict(token_budget=n, **{name: n * k for k, name in enumerate(names, start=1)}) for n in (512, 64)]
+  between, first = show_stalls(rows).axes
+  assert [np.asarray(line.get_ydata()).tolist() for line in between.lines] == [[64, 512], [128, 1024], [192, 1536]]
+  assert [np.asarray(line.get_ydata()).tolist() for line in first.lines] == [[256, 2048], [320, 2560]]
+
+
+@pytest.mark.parametrize("draw", [show_batches, show_stalls])
+def test_no_rows_are_refused(draw):
+  with pytest.raises(ValueError, match="at least one record"):
     draw([])

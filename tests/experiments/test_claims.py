@@ -1,0 +1,147 @@
+"""Claims of the papers: listed, judged from what was found, and shown in the documents."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged_flash as pf
+from experiments import attention_io, batching, equality, kv_sizes, report
+from experiments import list as listing
+from experiments.claims import Claim
+from paged_flash.cache import page_table
+from paged_flash.experiment import Workdir, config
+from paged_flash.simulator import LatencyModel, Paged, simulate
+
+CLAIM = Claim(number="7", claim="it is so", source="a paper", theirs="much")
+
+
+def test_every_config_is_listed_with_what_it_claims(capsys):
+  found = dict(listing.configs())
+  assert found.keys() == {str(path.relative_to(listing.ROOT)) for path in listing.ROOT.glob("configs/*/*.py")}
+  assert all(len(claim) > 20 and "\n" not in claim and not claim.startswith("Claim") for claim in found.values())
+  assert found["configs/kv_sizes/models.py"].startswith("One token of OPT-13B takes")
+  assert found["configs/scheduler/cost.py"].startswith("Scheduling on the CPU takes under")  # it has no "Claim"
+  listing.main([])
+  assert "python -m experiments.kv_sizes --config=configs/kv_sizes/models.py\n    One token" in capsys.readouterr().out
+
+
+def test_bytes_of_tokens_by_hand_and_of_a_page_table(tmp_path: pathlib.Path):
+  full = config.load("configs/kv_sizes/models.py")
+  of = {model.name: model for model in full.models}
+  assert of["Llama-3-8B"].token_bytes("bfloat16") == 128 * 1024 and of["Llama-3-8B"].attention == "GQA"
+  assert of["DeepSeek-V3"].token_bytes("bfloat16") == 61 * 576 * 2 and of["DeepSeek-V3"].attention == "MLA"
+  assert of["Falcon-7B"].token_bytes("float8_e4m3fn") == 4096 and of["Falcon-7B"].attention == "MQA"
+  assert of["OPT-13B"].attention == "MHA"
+  small = dataclasses.replace(full, users=3, context=20, result="")
+  # pages i32[3, 2], lengths i32[3], ref counts i32[6]
+  table = page_table.init(num_slots=3, pages_per_slot=2, num_pages=6, page_size=16)
+  assert kv_sizes.table_bytes(small) == table.pages.nbytes + table.seq_lens.nbytes + table.ref_counts.nbytes == 60
+  rows = kv_sizes.run(small, Workdir.create(tmp_path, small))
+  assert rows[0]["users_bytes"] == 60 * 819_200 and rows[0]["table_share"] == pytest.approx(60 / (60 * 819_200))
+
+
+@pytest.mark.parametrize(("known", "verdict"), [(819_200, "reproduced"), (819_201, "not reproduced")])
+def test_a_stated_size_is_compared_to_the_byte(known, verdict, monkeypatch, tmp_path: pathlib.Path):
+  monkeypatch.chdir(tmp_path)
+  full = config.load(str(listing.ROOT / "configs/kv_sizes/models.py"))
+  small = dataclasses.replace(full, models=full.models[:1], users=1, known={"OPT-13B": known}, result="test")
+  kv_sizes.run(small, Workdir.create(tmp_path, small))
+  (claim,) = json.loads((tmp_path / "experiments/results/kv_sizes/cpu/test.json").read_text())["claims"]
+  assert claim["verdict"] == verdict and claim["number"] == "7"
+
+
+@pytest.mark.parametrize("broken", ["", "order", "values"])
+def test_equality_sees_what_depends_on_the_order_and_what_is_wrong(broken, monkeypatch, tmp_path: pathlib.Path):
+  monkeypatch.chdir(tmp_path)
+  attend = pf.paged_attention
+
+  def changed(query, k_pages, v_pages, pages, lens, **more):
+    out = attend(query, k_pages, v_pages, pages, lens, **more)
+    tiny = {"order": 1e-6 * pages[0, 0], "values": 0.1, "": 0}[broken]
+    return out + jnp.asarray(tiny, out.dtype)
+
+  monkeypatch.setattr(pf, "paged_attention", changed)
+  smoke = config.load(str(listing.ROOT / "configs/equality/pages.py:smoke"))
+  smoke = dataclasses.replace(smoke, dtype="float32", page_sizes=(5,), implementation="xla", result="test")
+  (row,) = equality.run(smoke, Workdir.create(tmp_path, smoke))
+  (claim,) = json.loads((tmp_path / "experiments/results/equality/cpu/test.json").read_text())["claims"]
+  assert claim["verdict"] == ("not reproduced" if broken else "reproduced")
+  assert (row["differing"] > 0) == (broken == "order") and (row["from_contiguous"] > row["allowed"]) == (
+    broken == "values"
+  )
+
+
+def test_pages_hold_the_tokens_and_nothing_else():
+  x = [np.arange(5.0).reshape(5, 1, 1), np.arange(10.0, 12).reshape(2, 1, 1)]
+  pool, table = equality.in_pages(x, 2, np.array([6, 1, 3, 0]), 8)
+  assert table.tolist() == [[6, 1, 3], [0, -1, -1]]
+  assert pool[[6, 1, 0]].ravel().tolist() == [0, 1, 2, 3, 10, 11] and pool[3, 0] == 4
+  assert np.isnan(pool).sum() == pool.size - 7
+
+
+def test_io_is_judged_by_the_theory():
+  full = config.load("configs/attention_io/tiles.py")
+  rows = [attention_io.row(dataclasses.replace(full.case, seq_len=4096), tile, full) for tile in ((1, 1), (2, 2))]
+  one, four = rows
+  once = 4096 * (2 * 128 * 2 + 4)  # Q and O in two bytes, the LSE in four
+  assert one["flash_bytes"] - once == 4 * (four["flash_bytes"] - once) == 2 * 4096**2 * 2 * 128 / 64
+  assert one["naive_bytes"] > 40 * one["flash_hbm_bytes"] and one["scores"] == 2**24
+  rows += [row | dict(seq_len=2 * row["seq_len"]) for row in rows]
+  buffers = [dict(seq_len=4096, naive_temporary_bytes=2**26, flash_temporary_bytes=2**20)]
+  assert [claim["verdict"] for claim in attention_io.judged(full, rows, buffers)] == ["reproduced", "reproduced"]
+  rows[0]["flash_bytes"] *= 1.1
+  assert [claim["verdict"] for claim in attention_io.judged(full, rows, buffers)] == ["reproduced", "not reproduced"]
+
+
+def test_claims_of_all_results_are_one_table_by_number(tmp_path: pathlib.Path):
+  stamp = dict(commit="0" * 40, uncommitted_changes=False, date="2026-01-02", versions={"jax": "0.11.2"})
+  stamp |= dict(device=dict(platform="cpu", kind="cpu"), machine=dict(cpus=2, architecture="x86_64"), rows=[])
+  for name, number, holds in (("b", "12", None), ("a", "7", True)):
+    path = tmp_path / f"experiments/results/{name}/cpu/result.json"
+    path.parent.mkdir(parents=True)
+    claim = dataclasses.replace(CLAIM, number=number).judged("little", holds)
+    path.write_text(json.dumps(stamp | dict(experiment=name, claims=[claim])))
+  (tmp_path / "docs").mkdir()
+  document = tmp_path / "docs/reproduction.md"
+  document.write_text("<!-- report:claims -->\n<!-- /report -->\n")
+  assert report.update(tmp_path) == [document] and report.update(tmp_path, check=True) == []
+  assert document.read_text().splitlines()[1:5] == [
+    "|  | claim | source | theirs | ours | verdict | on | see |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| 7 | it is so | a paper | much | little | reproduced | CPU "
+    "| [result](../experiments/results/a/cpu/result.json) |",
+    "| 12 | it is so | a paper | much | little | in part | CPU | [result](../experiments/results/b/cpu/result.json) |",
+  ]
+
+
+def test_steps_end_before_idle_time_and_waits_are_those_of_running_requests():
+  clock = LatencyModel(
+    num_params=0.5, weight_bytes=0, kv_bytes=0, attention_flops=0, flops=1, bandwidth=1, overhead_s=1
+  )
+  served = simulate(
+    [2, 3, 1],
+    [2, 1, 1],
+    memory=Paged(num_pages=8, page_size=2),
+    num_slots=2,
+    token_budget=8,
+    arrivals=[0.5, 2, 20],
+    latency=clock,
+  )
+  # From 0.5 the first prefill takes 1 + 2 s; at 3.5 a decode and the second prompt, 1 + 4 s; idle from 8.5 until 20.
+  assert batching.step_seconds(served).tolist() == [3, 5, 2]
+  row = batching.row(batching.Way(name="x"), served, batching.Config(num_slots=2))
+  assert (row["token_p50_s"], row["token_p99_s"], row["token_max_s"]) == (3, 5, 5)  # waits of 2, 3, 5 and 5 s
+  with pytest.raises(ValueError, match="config.log_size must be at least the 3 steps"):
+    batching.step_seconds(dataclasses.replace(served, stride=2))
+
+
+def test_ways_are_judged_by_throughput_or_by_waits():
+  rows = [dict(tokens_per_second=10, utilisation=0.3, token_p99_s=0.5, token_budget=64, first_token_p50_s=1.0)]
+  rows += [dict(tokens_per_second=30, utilisation=0.9, token_p99_s=0.4, token_budget=16, first_token_p50_s=2.0)]
+  found = [batching.judged(dataclasses.replace(CLAIM, number=number), rows) for number in ("10", "15a")]
+  assert [claim["verdict"] for claim in found] == ["reproduced", "not reproduced"]
+  assert found[0]["ours"].startswith("3.0 x the throughput") and "500 ms" in found[1]["ours"]
