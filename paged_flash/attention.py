@@ -20,8 +20,7 @@ __all__ = ["choose", "explain", "flash_attention", "paged_attention"]
 
 # In the order of preference.
 KERNELS = {"sm90": flash_sm90, "xla": xla, "reference": reference}
-# The paged kernel for Hopper has not run on a GPU yet, and has no prefill: it comes last, and runs where it is named.
-PAGED_KERNELS = {"xla": xla, "reference": reference, "sm90": paged_sm90}
+PAGED_KERNELS = {"sm90": paged_sm90, "xla": xla, "reference": reference}
 
 
 def flash_attention(
@@ -149,7 +148,7 @@ def paged_attention(
     k_scales: f32[N, page_size, K], factors of 8-bit `k_pages`, one per token and head.
     v_scales: Like `k_scales`.
     return_residual: Also return the LSE.
-    implementation: "xla", "reference" or "sm90" (Hopper GPUs); None: the first that supports the call (see `explain`).
+    implementation: "sm90" (Hopper GPUs), "xla" or "reference"; None: the first that supports the call (see `explain`).
 
   Returns:
     out [T, H, D] in the query's dtype; with `return_residual`, (out, lse f32[T, H], natural log).

@@ -15,6 +15,7 @@ import json
 import pathlib
 from typing import Any, Literal
 
+from paged_flash.kernels import mosaic, paged_decode_sm90
 from paged_flash.kernels.problem import FlashProblem, PagedProblem, Problem
 
 TABLES = pathlib.Path(__file__).parent / "data" / "tiles"
@@ -46,14 +47,27 @@ def tiles(problem: Problem, implementation: str, stage: Literal["forward", "back
   if implementation == "xla":
     is_paged = isinstance(problem, PagedProblem)
     return {"block_q": 64, "block_kv": 128, "lanes": 8} if is_paged else {"block_q": 128, "block_kv": 128}
-  if isinstance(problem, PagedProblem):  # by head_dim: 192 KiB of K and V in flight; not measured yet
-    size = problem.head_dim
-    return {"lanes": 1 if size == 256 else 2, "block_kv": 128 if size == 64 else 64, "stages": 3}
+  if isinstance(problem, PagedProblem):
+    return _paged_heuristic(problem)
   path = TABLES / f"{problem.device}.json"
   for entry in _table(path).get(stage, []) if path.exists() else []:
     if all(_matches(problem, *wanted) for wanted in entry["match"].items()):
       return dict(entry["tiles"])
   return _heuristic(problem, stage)
+
+
+def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
+  """192 KiB of K and V in flight, best of those measured on an H100.
+
+  A result depends on `block_kv`, so that is chosen by head_dim alone: batches of any size give the same bits. Where
+  there is at most one chunk for each multiprocessor, one lane has the memory of two.
+  """
+  size = problem.head_dim
+  block_kv, stages = 128 if size == 64 else 64, 3
+  chunks = paged_decode_sm90.make_chunks(problem, block_kv).max_count * problem.num_kv_heads * problem.batch
+  if size == 256 or chunks <= mosaic.num_multiprocessors():
+    return {"lanes": 1, "block_kv": block_kv, "stages": stages if size == 256 else 2 * stages}
+  return {"lanes": 2, "block_kv": block_kv, "stages": stages}
 
 
 def _heuristic(problem: Problem, stage: str) -> dict[str, int]:

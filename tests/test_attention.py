@@ -233,7 +233,7 @@ def test_explain():
   ]
   call = cases.paged_call(kv_lens=[5, 3])
   text = explain(paged_attention, **call, implementation="reference")
-  assert "runs reference, no tiles\n  xla: reference was named\n  sm90: reference was named" in text
+  assert "runs reference, no tiles\n  sm90: reference was named\n  xla: reference was named" in text
   with pytest.raises(ValueError, match="op must be flash_attention or paged_attention"):
     explain(jax.nn.dot_product_attention, *qkv())
 

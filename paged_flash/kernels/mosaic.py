@@ -294,6 +294,129 @@ def _scalar(register: Any) -> Any:
   return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
+def _values(register: Any) -> list[Any]:
+  """The elements of a register, a vector or one value."""
+  if not isinstance(register.type, ir.VectorType):
+    return [register]
+  size = ir.VectorType(register.type).shape[0]
+  return [vector.extract(register, dynamic_position=[], static_position=[i]) for i in range(size)]
+
+
+def _register(like: Any, values: list[Any]) -> Any:
+  return vector.from_elements(like.type, values) if isinstance(like.type, ir.VectorType) else values[0]
+
+
+def _like(x: Any, registers: Any) -> Any:
+  return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+
+def _layouts(acc: jax.Array) -> tuple[Any, Any]:
+  """Layouts of acc and of one value per row of it: a wgmma tile, or one value of each thread."""
+  return (plgpu.Layout.WGMMA, ROW) if acc.ndim == 2 else (plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+
+
+def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interpret: bool) -> Any:
+  """Merges (acc, top, total) of some keys and of more keys, by the same instructions wherever it is called.
+
+  Of a softmax over some keys, `top` is the greatest score, `total` the sum of 2 ** (factor (score - top)), and `acc`
+  the sum of values with these weights. They are a wgmma tile and one value for each of its rows, or one value of each
+  thread. No product is added to anything but by an explicit fma, so no compiler chooses how to round.
+  """
+  if interpret:
+    top = jnp.maximum(state[1], part[1])
+    shift = jnp.where(top == -jnp.inf, 0.0, _product(top, factor))
+    old, new = (jnp.exp2(_product(x[1], factor) - shift) for x in (state, part))
+    rows = lambda x, like: across(x, like) if like.ndim == 2 else x  # noqa: E731
+    acc = _product(state[0], rows(old, state[0])) + _product(part[0], rows(new, part[0]))
+    return acc, top, _product(state[2], old) + _product(part[2], new)
+  tile, row = _layouts(state[0])
+  shapes = [
+    plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, row, row), strict=True)
+  ]
+
+  @_inline(arg_types=(tile, row, row) * 2, return_type=tuple(shapes))
+  def merge(_, acc, top, total, part, part_top, part_total):
+    f32 = ir.F32Type.get()
+    scale, zero, nothing = (mgpu.utils.c(x, f32) for x in (factor, 0.0, float("-inf")))
+    accs, tops, totals = acc.registers.copy(), top.registers.copy(), total.registers.copy()
+    weights = []
+    for i, register in enumerate(top.registers.flat):
+      (old,), (new,) = _values(register), _values(part_top.registers.flat[i])
+      both = arith.maximumf(old, new)
+      shift = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, both, nothing), zero, arith.mulf(both, scale))
+      old, new = (_exp2(llvm.intr_fma(x, scale, arith.negf(shift))) for x in (old, new))
+      weights.append((old, new))
+      (x,), (y,) = _values(total.registers.flat[i]), _values(part_total.registers.flat[i])
+      tops.flat[i] = _register(register, [both])
+      totals.flat[i] = _register(register, [llvm.intr_fma(x, old, arith.mulf(y, new))])
+    for i, register in enumerate(acc.registers.flat):
+      old, new = weights[i % len(weights)]  # rows r and r + 8
+      pairs = zip(_values(register), _values(part.registers.flat[i]), strict=True)
+      accs.flat[i] = _register(register, [llvm.intr_fma(x, old, arith.mulf(y, new)) for x, y in pairs])
+    return _like(acc, accs), _like(top, tops), _like(total, totals)
+
+  return merge(*state, *part)
+
+
+def finish(state: tuple[Any, ...], sink: Any, factor: float, *, interpret: bool) -> tuple[Any, Any]:
+  """Output and LSE (natural log) of a softmax as in `fold`; `sink`, if not None, is one more score without a value.
+
+  0 and -inf where nothing was seen. By the same instructions wherever it is called.
+  """
+  if interpret:
+    acc, top, total = state
+    both = _product(top, factor)
+    if sink is not None:
+      sink = _product(sink, LOG2_E)
+      both, old = jnp.maximum(jnp.maximum(both, sink), -1e30), both
+      scaled = jnp.exp2(old - both)
+      acc = acc * (across(scaled, acc) if acc.ndim == 2 else scaled)
+      total = _product(total, scaled) + jnp.exp2(sink - both)
+    inverse = jnp.where(total > 0, 1 / total, 0.0)
+    lse = jnp.where(total > 0, (both + jnp.log2(total)) * LN_2, -jnp.inf)
+    return acc * (across(inverse, acc) if acc.ndim == 2 else inverse), lse
+  tile, row = _layouts(state[0])
+  shapes = [plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, row), strict=False)]
+
+  @_inline(arg_types=(tile, row, row, *([] if sink is None else [row])), return_type=tuple(shapes))
+  def divide(_, acc, top, total, sink=None):
+    f32 = ir.F32Type.get()
+    scale, log2_e, zero = (mgpu.utils.c(x, f32) for x in (factor, LOG2_E, 0.0))
+    accs, lses, weights = acc.registers.copy(), top.registers.copy(), []
+    for i, register in enumerate(top.registers.flat):
+      (top_value,), (sum_value,) = _values(register), _values(total.registers.flat[i])
+      scaled = mgpu.utils.c(1.0, f32)
+      if sink is not None:
+        (s,) = _values(sink.registers.flat[i])
+        both = arith.maximumf(arith.mulf(top_value, scale), arith.mulf(s, log2_e))
+        both = arith.maximumf(both, mgpu.utils.c(-1e30, f32))  # finite where a row sees nothing and has no sink
+        scaled = _exp2(llvm.intr_fma(top_value, scale, arith.negf(both)))
+        sum_value = llvm.intr_fma(sum_value, scaled, _exp2(llvm.intr_fma(s, log2_e, arith.negf(both))))
+        lse = arith.addf(both, _approximate("lg2", sum_value))
+      else:
+        lse = llvm.intr_fma(top_value, scale, _approximate("lg2", sum_value))
+      alive = arith.cmpf(arith.CmpFPredicate.OGT, sum_value, zero)
+      lse = arith.select(alive, arith.mulf(lse, mgpu.utils.c(LN_2, f32)), mgpu.utils.c(float("-inf"), f32))
+      weights.append((scaled, arith.select(alive, _approximate("rcp", sum_value), zero)))
+      lses.flat[i] = _register(register, [lse])
+    for i, register in enumerate(acc.registers.flat):
+      scaled, inverse = weights[i % len(weights)]
+      values = [arith.mulf(x if sink is None else arith.mulf(x, scaled), inverse) for x in _values(register)]
+      accs.flat[i] = _register(register, values)
+    return _like(acc, accs), _like(top, lses)
+
+  return divide(*state, *([] if sink is None else [sink]))
+
+
+def _product(x: Any, y: Any) -> Any:
+  """x y, rounded: between it and a sum, bounds that nothing exceeds keep XLA on a CPU from making an fma of both."""
+  return lax.clamp(-3e38, x * y, 3e38)
+
+
+def _approximate(name: str, x: Any) -> Any:
+  return mgpu.utils.inline_ptx(f"{name}.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
+
+
 def divide(a: Any, b: int) -> tuple[Any, Any]:
   """Quotient and remainder, for a >= 0; `a` may be traced."""
   return (lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))) if isinstance(a, jax.Array) else divmod(a, b)
@@ -563,3 +686,62 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
           llvm.store(register, mgpu.utils.getelementptr(pointer, [8 * group], element))
 
   store(ref, rows.first, rows.count, x)
+
+
+# --- scalars that differ from thread to thread ------------------------------------------------------------------------
+# To Pallas they are scalars like others, which it computes in every thread; they must not decide who takes a branch
+# or what a tile is computed from. Not in the interpreter.
+
+
+def thread() -> jax.Array:
+  """i32, this thread's index in its warpgroup."""
+
+  @_inline(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+  def index(_):
+    i32 = ir.IntegerType.get_signless(32)
+    return mgpu.FragmentedArray.splat(arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(128, i32)), (), is_signed=True)
+
+  return index()
+
+
+def over_warp(operation: str, x: jax.Array) -> jax.Array:
+  """The i32 scalars of the 32 lanes of a warp reduced by "add" or "max", or before each lane's the sum ("before")."""
+  scalar = plgpu.Layout.WG_SPLAT
+
+  @_inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+  def reduce(_, x):
+    i32 = ir.IntegerType.get_signless(32)
+    value, constant = x.registers.item(), lambda x: mgpu.utils.c(x, i32)
+    if operation != "before":
+      text = f"redux.sync.{operation}.s32 $0, $1, 0xffffffff;"
+      return mgpu.FragmentedArray.splat(
+        mgpu.utils.inline_ptx(text, value, result_types=i32, has_side_effects=True, convergent=True), (), is_signed=True
+      )
+    lane, total = arith.remui(mgpu.utils.thread_idx(), constant(32)), value
+    for distance in (1, 2, 4, 8, 16):
+      text = f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;"
+      below = mgpu.utils.inline_ptx(text, total, result_types=i32, has_side_effects=True, convergent=True)
+      is_there = arith.cmpi(arith.CmpIPredicate.uge, lane, constant(distance))
+      total = arith.addi(total, arith.select(is_there, below, constant(0)))
+    return mgpu.FragmentedArray.splat(arith.subi(total, value), (), is_signed=True)
+
+  return reduce(x)
+
+
+def store_value(ref: Any, row: Any, column: Any, x: jax.Array, where: Any) -> None:
+  """ref[row, column] = x, or ref[row] = x if column is None, in the threads where `where`."""
+  scalar = plgpu.Layout.WG_SPLAT
+  places = [row] if column is None else [row, column]
+
+  @_inline(arg_types=(plgpu.RefType(), scalar, scalar, *[scalar for _ in places]))
+  def store(_, ref, x, where, row, column=None):
+    i64, memref = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
+    place = arith.extsi(i64, row.registers.item())
+    if column is not None:
+      place = arith.muli(place, mgpu.utils.c(memref.shape[1], i64))
+      place = arith.addi(place, arith.extsi(i64, column.registers.item()))
+    pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], memref.element_type)
+    with mgpu.utils.when(where.registers.item()):
+      llvm.store(x.registers.item(), pointer)
+
+  store(ref, x, where, *places)

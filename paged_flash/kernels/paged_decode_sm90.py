@@ -1,15 +1,19 @@
 """Paged attention of a few query tokens per sequence on Hopper GPUs: reading K and V is all the work there is.
 
-The keys of a sequence are cut into chunks (`Chunks`), by its own length only, so that its result is the same bit for
-bit whoever shares the batch. One chunk of one KV head is an item. Each multiprocessor has two lanes: a warpgroup that
-computes, and a warp that walks the page table and fetches pages by TMA, one copy for each page and KV head, into a ring
-of tiles of its own. A lane takes every n-th item, and fetches ahead of computing across items: reading never stops.
+The keys of a sequence are cut into chunks (`Chunks`), by its own length only, and its result is defined as the fold of
+its chunks from left to right (`mosaic.fold`): the same bit for bit whoever computes which of them.
+
+Each multiprocessor has two lanes: a warpgroup that computes, and a warp that walks the page table and fetches pages by
+TMA, one copy for each page and KV head, into a ring of tiles of its own. The tiles of all sequences are one line for
+each KV head, cut into equal segments, one for each lane (`Segments`), so that lanes have equal work whatever the
+lengths. A lane computes the chunks that begin in its segment and fetches ahead of computing: reading never stops.
 
   a lane computes, tile by tile of a chunk (Dao et al. 2022, Algorithm 1, in the log2 domain):
     S = Q K^T, P = softmax(S), O += P V      the query heads of a KV head, for all query tokens, are the rows of Q
 
-Only in shared memory are rows padded to the 64 of a wgmma. A sequence of one chunk is written as it is; of more, the
-chunks' outputs and log-sum-exps go to memory in float32, and a second kernel merges them in order.
+Only in shared memory are rows padded to the 64 of a wgmma. Chunks that a lane computes from the first on are folded in
+registers, and written if they are all; of a sequence that a segment's end cuts, the chunks before it make one part, and
+each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
 
 Bytes in flight on a multiprocessor: lanes x stages x tiles of K and V, 192 KiB at every head_dim, where a latency of
 about 1 us at 4.8 TB/s asks for 36 KiB. In pages [page_size, K, D] a copy takes head_dim values of every token, rows of
@@ -26,14 +30,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
-from paged_flash.kernels.mosaic import LN_2, LOG2_E, ROW, Rows, across, cdiv, divide
+from paged_flash.kernels.mosaic import LOG2_E, ROW, Rows, cdiv, divide
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
 
 ROWS = 64  # of a tile of queries
 CHUNK = 512  # tokens of a chunk, at least
 ENOUGH_ITEMS = 256  # of one sequence: they occupy a GPU
-SLICE = 32  # columns of O that a block of the second kernel merges
-AT_ONCE = 8  # chunks that it reads at a time
+ENOUGH_LANES = 64  # that fetch at the same time: they read as fast as memory can
+AT_ONCE = 16  # parts that the second kernel reads at a time
+THREADS = 128  # of a block of it, each with one column of a row of O
 
 
 class Chunks(NamedTuple):
@@ -96,6 +101,70 @@ def sequence(problem: PagedProblem, chunks: Chunks, block_kv: int, starts: Any, 
   return Sequence(first, query_len, kv_len, first_key, low, high, chunk, count)
 
 
+class Segments(NamedTuple):
+  """The line of tiles of a KV head, sequence after sequence, cut into equal segments."""
+
+  size: Any  # tiles
+  count: int  # that lanes are ready for; the line may end before
+
+  @classmethod
+  def cut(cls, count: int, num_kv_heads: int, total: Any, longest: Any) -> "Segments":
+    """Of a line of `total` tiles, the longest sequence's being `longest`.
+
+    Segments are not smaller than need be, and long sequences are not cut, if enough lanes then fetch at a time.
+    """
+    size, longest = cdiv(total, count), jnp.maximum(longest, 1)
+    is_enough = longest * ENOUGH_LANES <= total * num_kv_heads
+    return cls(jnp.where(is_enough, lax.div(size + longest - 1, longest) * longest, size), count)
+
+
+class Line:
+  """Where on the line sequences lie. In the interpreter a loop looks; on a GPU the lanes of a warp look at once."""
+
+  def __init__(self, batch: int, length: Any, *, interpret: bool):
+    self.batch, self.length, self.interpret = batch, length, interpret
+
+  def _loop(self, f, *carry):
+    """f(b, its tiles, *carry) for the sequences of a thread, one after the other."""
+    share = self.batch if self.interpret else cdiv(self.batch, 32)
+    first = jnp.int32(0) if self.interpret else lax.rem(mosaic.thread(), jnp.int32(32)) * share
+
+    def one(i, carry):
+      b = first + i
+      return f(b, jnp.where(b < self.batch, self.length(jnp.minimum(b, self.batch - 1)), 0), *carry)
+
+    return lax.fori_loop(0, share, one, carry)
+
+  def _reduce(self, operation, x):
+    return x if self.interpret else mosaic.over_warp(operation, x)
+
+  def measure(self) -> tuple[Any, Any]:
+    """Tiles of all sequences, and of the longest."""
+    zero = jnp.int32(0)
+    total, longest = self._loop(lambda b, n, total, top: (total + n, jnp.maximum(top, n)), zero, zero)
+    return self._reduce("add", total), self._reduce("max", longest)
+
+  def start(self, b: Any) -> Any:
+    """Where sequence b begins."""
+    (total,) = self._loop(lambda other, n, total: (total + jnp.where(other < b, n, 0),), jnp.int32(0))
+    return self._reduce("add", total)
+
+  def find(self, *places: Any) -> list[tuple[Any, Any]]:
+    """The sequence that holds each place, and where it begins; the number of sequences if the line ends before."""
+    zero = jnp.int32(0)
+    (total,) = self._loop(lambda b, n, total: (total + n,), zero)
+    before = zero if self.interpret else mosaic.over_warp("before", total)
+
+    def one(b, n, end, *found):
+      end = end + n
+      is_past = [(end <= place) & (b < self.batch) for place in places]
+      found = [(x + is_past, jnp.where(is_past, end, y)) for (x, y), is_past in zip(found, is_past, strict=True)]
+      return end, *found
+
+    _, *found = self._loop(one, before, *[(zero, zero) for _ in places])
+    return [(self._reduce("add", index), self._reduce("max", start)) for index, start in found]
+
+
 def forward(
   problem: PagedProblem,
   operands: PagedOperands,
@@ -126,64 +195,70 @@ def forward(
   chunks = make_chunks(p, block_kv)
   max_rows = group * min(p.max_query_len, max_tokens(p))
   num_blocks = min(num_blocks or mosaic.num_multiprocessors(), p.batch * K * chunks.max_count)
+  num_lanes = lanes * num_blocks
+  num_segments = max(1, num_lanes // K)
   tile_pages = max(1, block_kv // p.page_size)
   is_interpreted = interpret is not None
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
   load = functools.partial(mosaic.load_rows, interpret=is_interpreted)
   store = functools.partial(mosaic.store_rows, interpret=is_interpreted)
   look = functools.partial(sequence, p, chunks, block_kv)
+  # Two accumulators of head_dim 256 are more than the registers of a warpgroup.
+  is_folded = chunks.max_count > 1 and D <= 128
 
-  def add_sinks(s, head, acc, top, row_sum, sinks):
-    """One more score per row, without a value."""
-    if sinks is None:
-      return acc, top, row_sum
-    sink = load(sinks, Rows(head * group, s.query_len * group, group, 0)) * LOG2_E
-    sink = sink + jnp.where(s.kv_len > 0, 0.0, -jnp.inf)
-    both = jnp.maximum(jnp.maximum(top, sink), -1e30)  # finite where a row sees nothing and has no sink
-    scaled = jnp.exp2(top - both)
-    return acc * across(scaled, acc), both, row_sum * scaled + jnp.exp2(sink - both)
+  def lay(starts, kv_lens):
+    """The line of tiles and its segments."""
 
-  def normaliser(top, row_sum):
-    """1 / row_sum and the LSE in the log2 domain; 0 and -inf for rows that have seen nothing."""
-    alive = row_sum > 0
-    return jnp.where(alive, 1 / row_sum, 0.0), jnp.where(alive, top + jnp.log2(row_sum), -jnp.inf)
+    def length(b):
+      s = look(starts, kv_lens, b)
+      return jnp.where(s.count > 0, jnp.maximum(s.high - s.low, 1), 0)
 
-  def write_rows(out_gmem, lse_gmem, rows, acc, top, row_sum):
-    inverse, lse = normaliser(top, row_sum)
-    store(lse_gmem, rows, lse * LN_2)
-    store(out_gmem, rows, (acc * across(inverse, acc)).astype(dtype))
+    line = Line(p.batch, length, interpret=is_interpreted)
+    return line, Segments.cut(num_segments, K, *line.measure())
+
+  def chunks_before(s, tiles):
+    """How many chunks begin in the first `tiles` tiles of a sequence."""
+    return jnp.clip(lax.div(tiles + s.chunk - 1, jnp.int32(s.chunk)), 0, s.count)
+
+  def with_sink(s, sink):
+    return sink + jnp.where(s.kv_len > 0, 0.0, -jnp.inf)
 
   def kernel(q_gmem, k_gmem, v_gmem, pages, kv_lens, starts, sinks, *refs):
     out_gmem, lse_gmem, *parts = refs[:-7]
     q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty = refs[-7:]
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
-    def over_items(lane, body):
-      """done = body(b, sequence b, chunk, head, done) for all items of a lane, done = 0 at first; the last done.
+    def over_chunks(lane, body, carry):
+      """carry = body(b, sequence b, mine, head, chunk, carry) for all chunks of a lane; the last carry.
 
-      Items are numbered sequence by sequence, chunk by chunk, head by head.
+      Of each sequence and head, the chunks in the range `mine` [first, past) are the lane's.
       """
-      step = lanes * num_blocks
+      line, segments = lay(starts, kv_lens)
 
-      def of_sequence(b, carry):
-        index, done = carry  # of the lane's next item, among the sequence's
-        s = look(starts, kv_lens, b)
+      def of_unit(n, carry):
+        segment, head = divide(lane * num_blocks + block + n * num_lanes, K)
+        low = segment * segments.size
+        high = low + segments.size
+        (b_low, place), (b_high, _) = line.find(low, high - 1)
 
-        def one_item(n, done):
-          chunk, head = divide(index + n * step, K)
-          return body(b, s, chunk, head, done)
+        def of_sequence(b, carry):
+          place, carry = carry
+          s = look(starts, kv_lens, b)
+          first, past = chunks_before(s, low - place), chunks_before(s, high - place)
+          carry = lax.fori_loop(first, past, functools.partial(body, b, s, (first, past), head), carry)
+          return place + line.length(b), carry
 
-        count = cdiv(jnp.maximum(s.count * K - index, 0), step)
-        return index + count * step - s.count * K, lax.fori_loop(0, count, one_item, done)
+        return lax.fori_loop(b_low, jnp.minimum(b_high + 1, p.batch), of_sequence, (place, carry))[1]
 
-      return lax.fori_loop(0, p.batch, of_sequence, (lane * num_blocks + block, jnp.int32(0)))[1]
+      count = cdiv(jnp.maximum(num_segments * K - (lane * num_blocks + block), 0), num_lanes)
+      return lax.fori_loop(0, count, of_unit, carry)
 
     def chunk_tiles(s, chunk):
       low = s.low + chunk * s.chunk
       return low, jnp.minimum(low + s.chunk, s.high)
 
     def fetch(lane):
-      def one_item(b, s, chunk, head, done):
+      def one_chunk(b, s, mine, head, chunk, done):
         low, high = chunk_tiles(s, chunk)
         first_page = lax.div(s.first_key, jnp.int32(p.page_size)) if p.window is not None else 0
         last_page = lax.div(s.kv_len - 1, jnp.int32(p.page_size))
@@ -204,7 +279,7 @@ def forward(
 
         return done + high - low
 
-      done = over_items(lane, one_item)
+      done = over_chunks(lane, one_chunk, jnp.int32(0))
 
       @pl.loop(jnp.maximum(done - stages, 0), done)
       def _(i):  # the interpreter wants every completion of a barrier observed
@@ -212,10 +287,14 @@ def forward(
         plgpu.barrier_wait(k_empty.at[slot])
         plgpu.barrier_wait(v_empty.at[slot])
 
+    def nothing():
+      return mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS,), -jnp.inf, ROW), mosaic.full((ROWS,), 0.0, ROW)
+
     def compute(lane):
       q_tile = q_smem.at[lane]
 
-      def one_item(b, s, chunk, head, done):
+      def one_chunk(b, s, mine, head, chunk, carry):
+        done, *state = carry
         low, high = chunk_tiles(s, chunk)
         rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
         plgpu.commit_smem()  # all have read the last queries
@@ -267,32 +346,43 @@ def forward(
         if p.window is not None:
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
-        carry = mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS,), -jnp.inf, ROW), mosaic.full((ROWS,), 0.0, ROW)
+        carry = nothing()
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
           if start is not stop:
             carry = lax.fori_loop(start, stop, lambda t, carry, masked=masked: one_tile(t, carry, masked=masked), carry)
         acc, row_max, row_sum = carry
-        row_sum = mosaic.total(row_sum, interpret=is_interpreted)
-        top = row_max * factor
-        if parts:
-          pl.when(s.count == 1)(lambda: write(s, head, rows, acc, top, row_sum))
-          pl.when(s.count > 1)(lambda: write_part(b, chunk, head, rows.count, acc, top, row_sum))
-        else:
-          write(s, head, rows, acc, top, row_sum)
-        return done + high - low
+        result = acc, row_max, mosaic.total(row_sum, interpret=is_interpreted)
+        if not is_folded:
+          is_whole = s.count == 1
+          if chunks.max_count > 1:
+            pl.when(~is_whole)(lambda: write_part(b, chunk, head, rows.count, result))
+            pl.when(is_whole)(lambda: write(s, head, rows, result))
+          else:
+            write(s, head, rows, result)
+          return (done + high - low,)
+        first, past = mine
+        state = lax.cond((chunk == 0) | (first > 0), nothing, lambda: tuple(state))
+        state = mosaic.fold(state, result, factor, interpret=is_interpreted)
+        is_whole = (first == 0) & (past == s.count)
+        is_part = (first > 0) | ((chunk == past - 1) & ~is_whole)
+        pl.when(is_whole & (chunk == past - 1))(lambda: write(s, head, rows, state))
+        pl.when(is_part)(lambda: write_part(b, jnp.where(first > 0, chunk, 0), head, rows.count, state))
+        return done + high - low, *state
 
-      def write(s, head, rows, acc, top, row_sum):
-        acc, top, row_sum = add_sinks(s, head, acc, top, row_sum, sinks)
-        write_rows(out_gmem, lse_gmem, rows, acc, top, row_sum)
+      def write(s, head, rows, state):
+        sink = None
+        if sinks is not None:
+          sink = with_sink(s, load(sinks, Rows(head * group, s.query_len * group, group, 0)))
+        out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
+        store(lse_gmem, rows, lse)
+        store(out_gmem, rows, out.astype(dtype))
 
-      def write_part(b, chunk, head, count, acc, top, row_sum):
-        part_gmem, part_lse_gmem = parts
-        rows = Rows(((b * chunks.max_count + chunk) * K + head) * max_rows, count)
-        inverse, lse = normaliser(top, row_sum)
-        store(part_lse_gmem, rows, lse)
-        store(part_gmem, rows, acc * across(inverse, acc))
+      def write_part(b, part, head, count, state):
+        rows = Rows(((b * chunks.max_count + part) * K + head) * max_rows, count)
+        for gmem, x in zip(parts, state, strict=True):
+          store(gmem, rows, x)
 
-      over_items(lane, one_item)
+      over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing() if is_folded else ())))
 
     @pl.when(warpgroup < lanes)
     def _():
@@ -307,49 +397,65 @@ def forward(
       def _(warp):
         pl.when(warp < lanes)(lambda: fetch(warp))
 
-  def merge(part_gmem, part_lse_gmem, kv_lens, starts, sinks, out_gmem, lse_gmem):
-    b, head, column = lax.axis_index("b"), lax.axis_index("head"), lax.axis_index("column")
+  def merge(part_gmem, top_gmem, total_gmem, kv_lens, starts, sinks, out_gmem, lse_gmem):
+    b, slices = lax.axis_index("b"), max(1, D // THREADS)
+    head, some_rows = divide(lax.axis_index("rows"), row_blocks)
+    column = lax.axis_index("slice") * THREADS
     s = look(starts, kv_lens, b)
+    line, segments = lay(starts, kv_lens)
+    # The first part holds the chunks that begin in the same segment as the sequence.
+    place = line.start(b)
+    done = chunks_before(s, (lax.div(place, segments.size) + 1) * segments.size - place)
+    done = done if is_folded else 1
 
-    def place(chunk):
-      """First row of a part, and how many there are: none past the last chunk."""
-      index = jnp.minimum(chunk, s.count - 1)
-      count = jnp.where(chunk < s.count, s.query_len * group, 0)
-      return ((b * chunks.max_count + index) * K + head) * max_rows, count
+    def one_row(row, columns):
+      def part(chunk):
+        index = ((b * chunks.max_count + chunk) * K + head) * max_rows + row
+        return part_gmem[index, columns], top_gmem[index], total_gmem[index]
 
-    def chunk_lse(chunk):
-      return load(part_lse_gmem, Rows(*place(chunk))) + jnp.where(chunk < s.count, 0.0, -jnp.inf)
+      def some(step, state):
+        first = done + step * AT_ONCE
+        loaded = [part(jnp.minimum(first + n, s.count - 1)) for n in range(AT_ONCE)]
+        for n, x in enumerate(loaded):
+          more = mosaic.fold(state, x, factor, interpret=is_interpreted)
+          state = tuple(jnp.where(first + n < s.count, y, z) for y, z in zip(more, state, strict=True))
+        return state
 
-    @pl.when(s.count > 1)
+      state = lax.fori_loop(0, cdiv(s.count - done, AT_ONCE), some, part(0))
+      token, query_head = divide(row, group)
+      query_head += head * group
+      sink = None if sinks is None else with_sink(s, sinks[query_head])
+      out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
+      return (s.first_token + token) * H + query_head, out.astype(dtype), lse
+
+    @pl.when(s.count > done)
     def _():
-      steps = cdiv(s.count, AT_ONCE)
-      some = lambda step: [step * AT_ONCE + n for n in range(AT_ONCE)]  # noqa: E731
+      if is_interpreted:
 
-      def highest(step, top):
-        return functools.reduce(jnp.maximum, [chunk_lse(chunk) for chunk in some(step)], top)
+        @pl.loop(0, rows_per_block)
+        def _(n):
+          row = some_rows * rows_per_block + n
 
-      top = lax.fori_loop(0, steps, highest, mosaic.full((ROWS,), -1e30, ROW))
+          @pl.when(row < s.query_len * group)
+          def _():
+            columns = pl.ds(column, D // slices)
+            index, out, lse = one_row(row, columns)
+            out_gmem[index, columns] = out
 
-      def add(step, carry):
-        acc, total = carry
-        loaded = []
-        for chunk in some(step):
-          first, count = place(chunk)
-          loaded.append((chunk_lse(chunk), load(part_gmem, Rows(first * slices + column, count, 1, slices))))
-        for lse, part in loaded:
-          weight = jnp.exp2(lse - top)
-          acc, total = acc + part * across(weight, part), total + weight
-        return acc, total
+            @pl.when(column == 0)
+            def _():
+              lse_gmem[index] = lse
 
-      acc, total = lax.fori_loop(0, steps, add, (mosaic.full((ROWS, SLICE), 0.0), mosaic.full((ROWS,), 0.0, ROW)))
-      acc, top, total = add_sinks(s, head, acc, top, total, sinks)
-      inverse, lse = normaliser(top, total)
-      rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
-      pl.when(column == 0)(lambda: store(lse_gmem, rows, lse * LN_2))
-      rows = Rows(rows.first * slices + column, rows.count, group, H * slices, slices)
-      store(out_gmem, rows, (acc * across(inverse, acc)).astype(dtype))
+      else:
+        n, columns = divide(mosaic.thread(), D // slices)
+        row = some_rows * rows_per_block + n
+        is_alive, columns = row < s.query_len * group, column + columns
+        index, out, lse = one_row(jnp.where(is_alive, row, 0), columns)
+        mosaic.store_value(out_gmem, index, columns, out, is_alive)
+        mosaic.store_value(lse_gmem, index, None, lse, is_alive & (columns == 0))
 
-  slices = D // SLICE
+  rows_per_block = max(1, THREADS // D)
+  row_blocks = cdiv(max_rows, rows_per_block)
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
   full, empty = (
@@ -362,7 +468,7 @@ def forward(
       jax.ShapeDtypeStruct((T * H, D), dtype),
       jax.ShapeDtypeStruct((T * H,), jnp.float32),
       *(jax.ShapeDtypeStruct((n, D), jnp.float32) for n in parts),
-      *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in parts),
+      *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in 2 * parts),
     ),
     grid=(num_blocks,),
     grid_names=("block",),
@@ -381,16 +487,16 @@ def forward(
   query = operands.query.reshape(T * H, D)
   out, lse, *parts = attend(query, operands.k_pages, operands.v_pages, operands.pages, *lens, sinks)
   if parts:
-    out_ref, lse_ref = jax.new_ref(out.reshape(-1, SLICE)), jax.new_ref(lse)
+    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     plgpu.kernel(
       merge,
       out_type=(),
-      grid=(p.batch, K, slices),
-      grid_names=("b", "head", "column"),
+      grid=(p.batch, K * row_blocks, max(1, D // THREADS)),
+      grid_names=("b", "rows", "slice"),
       num_threads=1,
       thread_name="wg",
       compiler_params=params,
       interpret=interpret,
-    )(parts[0].reshape(-1, SLICE), parts[1], *lens, sinks, out_ref, lse_ref)
+    )(*parts, *lens, sinks, out_ref, lse_ref)
     out, lse = jax.freeze(out_ref), jax.freeze(lse_ref)
   return out.reshape(T, H, D), lse.reshape(T, H)

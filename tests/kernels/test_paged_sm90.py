@@ -74,20 +74,46 @@ def test_is_the_oracle(name):
   assert (out[want_lse == -np.inf] == 0).all()
 
 
-def test_neither_the_batch_nor_where_pages_lie_matter():
-  """Bit for bit, several chunks long; and pages before a window, like all that no token owns, may be NaN."""
-  arguments: dict[str, Any] = dict(heads=(4, 1, 64), page_size=16, local_window_size=200)
-  together = cases.paged_call(kv_lens=[20, 300, 70], pages_per_slot=20, **arguments)
-  gone = together["pages"][1, : (299 - 200) // 16]
+def test_neither_the_batch_nor_where_pages_lie_nor_who_computes_matters():
+  """Bit for bit, with all that a call can have; and pages before a window, like all that no token owns, may be NaN.
+
+  A sequence of four chunks is folded by one lane alone, by a lane and the second kernel, and by the second kernel.
+  """
+  arguments: dict[str, Any] = dict(heads=(4, 1, 64), page_size=16, local_window_size=400, max_query_len=3)
+  arguments |= dict(sinks=SINKS[:4], logits_soft_cap=2.0, pages_per_slot=34)
+  together = cases.paged_call(kv_lens=[20, 534, 70], query_lens=[1, 3, 2], num_tokens=6, **arguments)
+  gone = together["pages"][1, : (534 - 3 - 400) // 16]
   together["k_pages"][gone] = together["v_pages"][gone] = np.nan
-  out, lse = attend(together)
-  alone = dict(together, query=together["query"][1:2], kv_lens=together["kv_lens"][1:2])
+  out, lse = attend(together, lanes=1, num_blocks=2)
+  alone = dict(together, query=together["query"][1:4], kv_lens=together["kv_lens"][1:2])
   for field in ("k_pages", "v_pages"):
     alone[field] = together[field][np.clip(together["pages"][1], 0, None)]
-  alone["pages"] = np.arange(20, dtype=np.int32)[None]
-  out_alone, lse_alone = attend(alone, num_blocks=5)
-  assert (out_alone[0] == out[1]).all() and (lse_alone[0] == lse[1]).all()
+  alone |= dict(pages=np.arange(34, dtype=np.int32)[None], query_starts=np.array([0, 3], np.int32))
+  for num_blocks in (1, 4):
+    out_alone, lse_alone = attend(alone, lanes=1, num_blocks=num_blocks)
+    assert (out_alone == out[1:4]).all() and (lse_alone == lse[1:4]).all()
   assert np.isfinite(out.astype(np.float32)).all()
+
+
+def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
+  rng = np.random.default_rng(0)
+  for case in range(6):
+    batch, heads, lanes = rng.integers(1, 300), int(rng.integers(1, 17)), 264
+    lengths = np.full(batch, rng.integers(1, 400)) if case % 2 else rng.zipf(1.5, batch).clip(0, 2000)
+    lengths = lengths.astype(np.int32)
+    ends = np.cumsum(lengths)
+    line = paged_decode_sm90.Line(int(batch), lambda b, lengths=lengths: jnp.asarray(lengths)[b], interpret=True)
+    total, longest = jax.jit(line.measure)()
+    assert (int(total), int(longest)) == (ends[-1], lengths.max())
+    size, count = paged_decode_sm90.Segments.cut(lanes // heads, heads, total, longest)
+    assert size * count >= total
+    assert size <= -(-total // count) or size * paged_decode_sm90.ENOUGH_LANES <= 2 * total * heads
+    if case % 2 and batch * heads >= paged_decode_sm90.ENOUGH_LANES:
+      assert size % longest == 0
+    places = rng.integers(0, ends[-1] + 5, 20).astype(np.int32)
+    for place, (index, start) in zip(places, jax.jit(lambda *x, line=line: line.find(*x))(*places), strict=True):
+      assert index == np.searchsorted(ends, place, side="right") and start == (0 if index == 0 else ends[index - 1])
+    assert int(jax.jit(line.start)(batch // 2)) == lengths[: batch // 2].sum()
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 511, 512, 513, 8192, 40_000, 131_072])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import paged_flash as pf
-from paged_flash.kernels import reference
+from paged_flash import tuning
+from paged_flash.kernels import paged_sm90, reference
 from paged_flash.kernels.arguments import paged_problem, target
 from paged_flash.kernels.problem import is_hopper
 from tests.tolerances import assert_close
@@ -111,15 +112,36 @@ def test_is_the_definition(name):
   assert (np.asarray(out)[np.asarray(want_lse) == -np.inf] == 0).all()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_a_sequence_does_not_depend_on_its_batch(dim):
-  arrays, options = drawn(Case(LENS, (8, 2, dim)))
+@pytest.mark.parametrize("name", ["page16", "page8-64", "page64-256", "everything"])
+def test_a_sequence_does_not_depend_on_its_batch(name):
+  arrays, options = drawn(CASES[name])
   options = tuple(options.items())
   out, lse = ours(options, arrays)
   for b in (3, 7, 8):
-    alone = arrays | {field: arrays[field][b : b + 1] for field in ("query", "pages", "kv_lens")}
-    out_alone, lse_alone = ours(options, alone)
-    assert (out_alone[0] == out[b]).all() and (lse_alone[0] == lse[b]).all()
+    alone = arrays | {field: arrays[field][b : b + 1] for field in ("pages", "kv_lens")}
+    tokens = slice(b, b + 1)
+    if "query_starts" in arrays:
+      tokens = slice(*arrays["query_starts"][b : b + 2].tolist())
+      alone["query_starts"] = jnp.array([0, tokens.stop - tokens.start])
+    out_alone, lse_alone = ours(options, alone | {"query": arrays["query"][tokens]})
+    assert (out_alone == out[tokens]).all() and (lse_alone == lse[tokens]).all()
+
+
+@pytest.mark.parametrize("name", ["page16", "page8-64", "window-128", "everything", "long"])
+def test_who_computes_makes_no_difference(name):
+  """One lane folds every chunk of a head in registers; or lanes that are many, whose parts the second kernel folds."""
+  arrays, options = drawn(CASES[name])
+  problem, operands = paged_problem(**arrays, **options)
+  tiles = tuning.tiles(problem, "sm90")
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(num_blocks, operands):
+    return paged_sm90.paged_forward(problem, operands, **tiles, num_blocks=num_blocks)
+
+  want = run(132, operands)
+  for num_blocks in (1, 7, 40):
+    for x, y in zip(run(num_blocks, operands), want, strict=True):
+      assert (x == y).all()
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64])
