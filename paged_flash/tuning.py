@@ -15,7 +15,7 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from paged_flash.kernels import mosaic, paged_decode_sm90
+from paged_flash.kernels import mosaic, paged_decode_sm90, paged_sm90
 from paged_flash.kernels.problem import FlashProblem, PagedProblem, Problem
 
 TABLES = pathlib.Path(__file__).parent / "data" / "tiles"
@@ -33,7 +33,7 @@ def tiles(problem: Problem, implementation: str, stage: Literal["forward", "back
   Returns:
     Keyword arguments of that function. xla: `block_q` queries by `block_kv` keys; `lanes` key blocks at a time
     (decode): constants of the problem's kind, so that a sequence's result does not depend on who shares its batch.
-    sm90: see `flash_forward_sm90.forward`, `flash_backward_sm90.backward` and `paged_decode_sm90.forward`.
+    sm90: see `flash_forward_sm90.forward`, `flash_backward_sm90.backward` and `paged_sm90.paged_forward`.
     Empty for the reference, which has no tiles.
 
   Raises:
@@ -66,8 +66,14 @@ def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
   block_kv, stages = 128 if size == 64 else 64, 3
   chunks = paged_decode_sm90.make_chunks(problem, block_kv).max_count * problem.num_kv_heads * problem.batch
   if size == 256 or chunks <= mosaic.num_multiprocessors():
-    return {"lanes": 1, "block_kv": block_kv, "stages": stages if size == 256 else 2 * stages}
-  return {"lanes": 2, "block_kv": block_kv, "stages": stages}
+    tiles = {"lanes": 1, "block_kv": block_kv, "stages": stages if size == 256 else 2 * stages}
+  else:
+    tiles = {"lanes": 2, "block_kv": block_kv, "stages": stages}
+  if problem.max_query_len > paged_decode_sm90.max_tokens(problem):  # not measured yet
+    block_kv, stages = (64, 2) if size == 256 else (128, 3)
+    prefill = {"num_wgs": 3 if size == 64 else 2, "block_kv": block_kv, "stages": stages}
+    tiles |= {paged_sm90.PREFILL + name: value for name, value in prefill.items()}
+  return tiles
 
 
 def _heuristic(problem: Problem, stage: str) -> dict[str, int]:

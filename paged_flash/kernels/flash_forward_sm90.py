@@ -1,19 +1,7 @@
 """The forward pass of flash attention for Hopper GPUs, one Pallas Mosaic GPU kernel.
 
-One block computes tiles of `num_wgs * 64` queries of one head, 64 rows for each compute warpgroup; one more warpgroup
-fetches K and V by TMA into two rings of `stages` tiles. Scores live in registers only.
-
-  compute warpgroup, KV tiles from the last to the first (the masked ones come first):
-    S = Q K^T of tile i+1     issued together with
-    O += P V of tile i        so the tensor cores have work while
-    P = softmax(S)            runs on the other units, and warpgroups take turns (`Turn`)
-
-This is the schedule of FlashAttention-3 (Shah et al. 2024, Algorithm 2 and section 3.1), the softmax that of Dao et al.
-2022, Algorithm 1, in the log2 domain: their m is `row_max`, the running maximum of the raw scores, and l `row_sum`.
-
-The pipeline does not stop where a tile of queries ends: the scores of the next one's first KV tile are issued together
-with the last O += P V of this one, so its output leaves while the tensor cores work. O is rescaled only when the
-maximum has grown by more than 2^8, which after the first tiles is rare.
+One block computes tiles of `num_wgs * 64` queries of one head, 64 rows for each compute warpgroup, which all work as
+`forward_loop_sm90` says; one more warpgroup fetches K and V by TMA into two rings of `stages` tiles.
 
 Each row sees one interval of keys: causality, windows and lengths give its ends by arithmetic; segments are compared
 inside it. Tiles that no row of a block sees are not visited. With static lengths a block stays on its multiprocessor
@@ -34,12 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
+from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend
 from paged_flash.kernels.mosaic import COLUMN, LN_2, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashOperands, FlashProblem
 
 ITEM_COST = 1.5  # of a tile of queries besides its KV tiles, in KV tiles
 _L2_BYTES = 20 * 2**20  # of 50 on an H100 or H200, for K and V
-ROWS = 64  # query rows of one warpgroup
 
 
 class Positions:
@@ -154,9 +142,6 @@ def forward(
   out_columns = Dv if Dv <= 128 else Dv // 2
   right_masks = p.is_causal or p.window is not None or p.has_kv_lens or S % block_kv != 0
   left_masks = p.window is not None and p.window[0] is not None
-  factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
-  first_masked = right_masks or left_masks or p.has_segments
-  query_in_registers = num_wgs < 3 and D <= 128 and interpret is None
   is_interpreted = interpret is not None
   pair = None if cluster == 1 else "pair"
 
@@ -194,108 +179,22 @@ def forward(
     @pl.when(warpgroup < num_wgs)
     def compute():
       plgpu.set_max_registers(160 if num_wgs == 3 else 240, action="increase")
-      turn = mosaic.Turn(warpgroup, num_wgs, interpret=is_interpreted)
-      turn.start()
-      mine = pl.ds(warpgroup * ROWS, ROWS)
       o_tile, lse_tile = o_smem.at[warpgroup], lse_smem.at[warpgroup]
 
-      def ring(n):
-        return lax.rem(n, jnp.int32(stages))
-
-      def take_query(step):
-        """The step's queries: in registers where they fit, else where they lie."""
-        slot = lax.rem(step, jnp.int32(query_stages))
-        plgpu.barrier_wait(q_full.at[slot])
-        if not query_in_registers:
-          return None
-        query = plgpu.load(q_smem.at[slot, mine], layout=plgpu.Layout.WGMMA)
-        plgpu.barrier_arrive(q_empty.at[slot])
-        return query
-
-      def lhs(query, step):
-        return query if query_in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
-
-      def softmax(work, i, s, row_max, row_sum, masked):
-        """P of the work's tile i, not yet divided by row_sum; the new statistics; the factor of what came before."""
-        column = (work.high - 1 - i) * block_kv
-        if p.soft_cap is not None:
-          s = jnp.tanh(s * (p.scale / p.soft_cap))
-        if masked:
-          row = work.first + warpgroup * ROWS
-          rows = row + row_iota() if p.is_causal or p.window is not None else None
-          low = work.positions.low(rows) - column if left_masks else None
-          high = work.positions.high(rows) - column if right_masks else None
-          s = mosaic.keep(s, low, high, interpret=is_interpreted)
-          if p.has_segments:
-            row_ids = plgpu.load(query_ids.at[work.batch, pl.ds(row, ROWS)], layout=ROW, optimized=False)
-            ids = plgpu.load(kv_ids.at[work.batch, pl.ds(column, block_kv)], layout=COLUMN, optimized=False)
-            s = jnp.where(across(row_ids, s) == down(ids, s), s, -jnp.inf)
-        # The maximum follows only jumps of more than 2^8: most tiles then leave O as it is.
-        new_max = jnp.maximum(row_max, s.max(axis=1))
-        new_max = jnp.where((new_max - row_max) * factor > 8.0, new_max, row_max)
-        shift = new_max * factor
-        if masked:
-          shift = jnp.where(new_max == -jnp.inf, 0.0, shift)  # a row that has seen nothing yet
-        alpha = jnp.exp2(row_max * factor - shift)
-        prob, sums = mosaic.exponentials(s, factor, shift, interpret=is_interpreted)
-        return prob, new_max, row_sum * alpha + sums, alpha
-
-      def fresh():
-        return mosaic.full((ROWS,), -jnp.inf, ROW), mosaic.full((ROWS,), 0.0, ROW)
-
-      def scores(query, k):
-        plgpu.barrier_wait(k_full.at[k])
-        s = mosaic.matmul(query, k_smem.at[k].T)
-        plgpu.barrier_arrive(k_empty.at[k])
+      def cut(work, column, s):
+        row = work.first + warpgroup * ROWS
+        rows = row + row_iota() if p.is_causal or p.window is not None else None
+        low = work.positions.low(rows) - column if left_masks else None
+        high = work.positions.high(rows) - column if right_masks else None
+        s = mosaic.keep(s, low, high, interpret=is_interpreted)
+        if p.has_segments:
+          row_ids = plgpu.load(query_ids.at[work.batch, pl.ds(row, ROWS)], layout=ROW, optimized=False)
+          ids = plgpu.load(kv_ids.at[work.batch, pl.ds(column, block_kv)], layout=COLUMN, optimized=False)
+          s = jnp.where(across(row_ids, s) == down(ids, s), s, -jnp.inf)
         return s
 
-      def values(acc, prob, v):
-        plgpu.barrier_wait(v_full.at[v])
-        acc = mosaic.add_matmul(acc, prob, v_smem.at[v], interpret=is_interpreted)
-        plgpu.barrier_arrive(v_empty.at[v])
-        return acc
-
-      def overlapped(query, k, acc, prob, v, soften):
-        """O + P V of one tile, and `soften` of the scores of the next: (O, P, row_max, row_sum, alpha)."""
-        if is_interpreted:
-          s = scores(query, k)
-          return values(acc, prob, v), *soften(s)
-
-        def products(refs):
-          acc_ref, *out_refs = refs
-          plgpu.barrier_wait(k_full.at[k])
-          turn.wait()
-          s = mosaic.begin_scores(query, k_smem.at[k])
-          plgpu.barrier_wait(v_full.at[v])
-          plgpu.wgmma(acc_ref, prob, v_smem.at[v])
-          turn.pass_on()
-          plgpu.wgmma_wait(1)
-          out = soften(s)
-          for ref, x in zip(out_refs, out, strict=True):
-            ref[...] = x
-          plgpu.barrier_arrive(k_empty.at[k + mosaic.after(out[2])])  # ptxas must not wait for O before the softmax
-
-        row_max, row_sum = fresh()
-        start = (mosaic.ACC.init(acc), mosaic.full((ROWS, block_kv), 0.0), row_max, row_sum, row_sum)
-        acc, *out = pl.run_state(products)(start)
-        plgpu.barrier_arrive(v_empty.at[v])
-        return acc, *out
-
-      def one_item(step, carry):
-        """Everything of an item after the softmax of its first tile, and that of the next item's first tile."""
-        done, query, row_max, row_sum, prob = carry
-        work, upcoming = item(at(step)), at(jnp.minimum(step + 1, steps - 1))
+      def ends(work):
         row, n = work.first + warpgroup * ROWS, work.high - work.low
-
-        def advance(i, carry, *, masked):
-          acc, row_max, row_sum, prob = carry
-          soften = lambda s: softmax(work, i, s, row_max, row_sum, masked)  # noqa: E731
-          acc, prob, row_max, row_sum, alpha = overlapped(
-            lhs(query, step), ring(done + i), acc, prob, ring(done + i - 1), soften
-          )
-          return mosaic.rescale(acc, alpha, interpret=is_interpreted), row_max, row_sum, prob.astype(dtype)
-
-        # Tiles [1, begin) are cut on their right, [end, n) on their left; those between are seen whole.
         begin, end = 1, n
         if right_masks or p.has_segments:
           whole = work.whole_high
@@ -307,33 +206,12 @@ def forward(
           if left_masks:
             whole = jnp.maximum(whole, cdiv(work.positions.low(row + ROWS - 1), block_kv))
           end = jnp.clip(work.high - whole, begin, n)
-        carry = mosaic.full((ROWS, Dv), 0.0), row_max, row_sum, prob
-        for masked, start, stop in ((True, 1, begin), (False, begin, end), (True, end, n)):
-          if start is not stop:
-            carry = lax.fori_loop(start, stop, functools.partial(advance, masked=masked), carry)
-        acc, row_max, row_sum, prob = carry
-        if not query_in_registers:
-          plgpu.barrier_arrive(q_empty.at[lax.rem(step, jnp.int32(query_stages))])
-
-        def with_next():
-          query = take_query(step + 1)
-          soften = lambda s: softmax(item(upcoming), 0, s, *fresh(), first_masked)  # noqa: E731
-          acc_, prob_, row_max_, row_sum_, _ = overlapped(
-            lhs(query, step + 1), ring(done + n), acc, prob, ring(done + n - 1), soften
-          )
-          return acc_, query, row_max_, row_sum_, prob_.astype(dtype)
-
-        def without_next():
-          return values(acc, prob, ring(done + n - 1)), query, row_max, row_sum, prob
-
-        acc, query, *next_row_state = lax.cond(step + 1 < steps, with_next, without_next)
-        write(work, acc, row_max, row_sum)
-        return done + n, query, *next_row_state
+        return begin, end, n
 
       def write(work, acc, row_max, row_sum):
         """O / row_sum and the LSE leave by TMA, O in slices of columns."""
         row = work.first + warpgroup * ROWS
-        top, row_sum = row_max * factor, mosaic.total(row_sum, interpret=is_interpreted)
+        top, row_sum = row_max * loop.factor, mosaic.total(row_sum, interpret=is_interpreted)
         if p.has_sinks:
           sink = sinks[work.head].astype(jnp.float32) * LOG2_E
           both = jnp.maximum(jnp.maximum(top, sink), -1e30)  # finite where a row sees nothing and has no sink
@@ -356,11 +234,23 @@ def forward(
             plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
           plgpu.copy_smem_to_gmem(o_tile, out_gmem.at[work.batch, rows, work.head, pl.ds(start, out_columns)])
 
-      query = take_query(0)
-      s = scores(lhs(query, 0), 0)
-      prob, row_max, row_sum, _ = softmax(item(at(0)), 0, s, *fresh(), first_masked)
-      lax.fori_loop(0, steps, one_item, (jnp.int32(0), query, row_max, row_sum, prob.astype(dtype)))
-      turn.finish()
+      loop = Loop(
+        dtype=dtype,
+        num_wgs=num_wgs,
+        scale=p.scale,
+        soft_cap=p.soft_cap,
+        masks_right=right_masks,
+        masks_left=left_masks,
+        masks_inside=p.has_segments,
+        interpret=is_interpreted,
+        at=at,
+        item=item,
+        cut=cut,
+        ends=ends,
+        write=write,
+      )
+      tiles = Tiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+      attend(loop, tiles, warpgroup, steps)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == num_wgs)
@@ -379,7 +269,7 @@ def forward(
             gmem.at[work.batch, keys, kv_head], ring.at[slot], full.at[slot], collective_axes=pair
           )
 
-        @_one_warp
+        @mosaic.one_warp
         def first_tiles():
           fetch_tile(k_gmem, k_smem, k_full, k_empty, 0)
           slot = lax.rem(step, jnp.int32(query_stages))
@@ -396,7 +286,7 @@ def forward(
           plgpu.commit_smem()
           plgpu.barrier_arrive(v_full.at[slot])
 
-        @_one_warp
+        @mosaic.one_warp
         def other_tiles():
           @pl.loop(1, work.high - work.low)
           def _(i):
@@ -407,7 +297,7 @@ def forward(
 
       done = lax.fori_loop(0, steps, one_item, jnp.int32(0))
 
-      @_one_warp
+      @mosaic.one_warp
       def drain():  # the interpreter wants every completion of a barrier observed
         @pl.loop(jnp.maximum(steps - query_stages, 0), steps)
         def _(i):
@@ -454,14 +344,6 @@ def forward(
   lens, segments = (operands.query_lens, operands.kv_lens), _segments(p, operands, rows_together, block_kv)
   out, lse = mosaic.untyped(call, table, query, key, value, *lens, *segments, operands.sinks)
   return out[:, :T], lse[..., :T]
-
-
-def _one_warp(body):
-  """Runs a body in the first warp of a warpgroup."""
-
-  @plgpu.warp_map
-  def per_warp(warp):
-    pl.when(warp == 0)(body)
 
 
 def _heads_together(problem: FlashProblem) -> int:

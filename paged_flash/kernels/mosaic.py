@@ -550,6 +550,14 @@ def matmul(lhs: Any, rhs: Any) -> jax.Array:
   return pl.run_scoped(product, ACC((lhs.shape[0], rhs.shape[1]), jnp.float32))
 
 
+def one_warp(body: Callable[[], None]) -> None:
+  """Runs a body in the first warp of a warpgroup."""
+
+  @plgpu.warp_map
+  def per_warp(warp):
+    pl.when(warp == 0)(body)
+
+
 def meet(count: int) -> None:
   """Waits for `count` warpgroups to get here; wgmma of all then sees what each wrote to shared memory."""
 
@@ -594,26 +602,37 @@ class Rows(NamedTuple):
   group: int = 1  # rows that are `step` apart; their groups are `stride` apart
   stride: int = 1
   step: int = 1
+  skip: Any = 0  # places of the first group that come before row 0
 
   def place(self, r: jax.Array) -> jax.Array:
     """X of row r."""
+    r = r + self.skip
     return self.first + r // self.group * self.stride + r % self.group * self.step
 
+  def traced(self) -> list[Any]:
+    """What `_place` takes as values."""
+    return [self.first, self.count, *([] if isinstance(self.skip, int) else [self.skip])]
 
-def _places(rows: Rows, first: Any, count: Any) -> list[tuple[Any, Any]]:
-  """(whether it lies somewhere, X as i64) for a thread's two rows of a wgmma tile."""
+
+def _place(rows: Rows, row: Any, first: Any, count: Any, skip: Any = None) -> tuple[Any, Any]:
+  """(whether a row lies somewhere, X as i64); first, count and skip are those of `rows` in registers."""
   i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+  constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
+  alive = arith.cmpi(arith.CmpIPredicate.slt, row, count.registers.item())
+  row = row if skip is None else arith.addi(row, skip.registers.item())
+  place = arith.addi(first.registers.item(), arith.muli(arith.divui(row, constant(rows.group)), constant(rows.stride)))
+  place = arith.addi(place, arith.muli(arith.remui(row, constant(rows.group)), constant(rows.step)))
+  return alive, arith.extsi(i64, place)
+
+
+def _places(rows: Rows, *traced: Any) -> list[tuple[Any, Any]]:
+  """`_place` of a thread's two rows of a wgmma tile."""
+  i32 = ir.IntegerType.get_signless(32)
   constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
   thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
   warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
   top = arith.addi(arith.muli(warp, constant(16)), arith.divui(lane, constant(4)))
-  places = []
-  for half in range(2):  # rows r and r + 8
-    row = arith.addi(top, constant(8 * half))
-    place = arith.addi(first, arith.muli(arith.divui(row, constant(rows.group)), constant(rows.stride)))
-    place = arith.addi(place, arith.muli(arith.remui(row, constant(rows.group)), constant(rows.step)))
-    places.append((arith.cmpi(arith.CmpIPredicate.slt, row, count), arith.extsi(i64, place)))
-  return places
+  return [_place(rows, arith.addi(top, constant(8 * half)), *traced) for half in range(2)]  # rows r and r + 8
 
 
 def _row_pointer(ref: Any, place: Any) -> Any:
@@ -638,14 +657,13 @@ def load_rows(ref: Any, rows: Rows, *, interpret: bool) -> jax.Array:
   scalar = plgpu.Layout.WG_SPLAT
 
   @_inline(
-    arg_types=(plgpu.RefType(), scalar, scalar),
+    arg_types=(plgpu.RefType(), *[scalar for _ in rows.traced()]),
     return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
   )
-  def load(_, ref, first, count):
-    first = first.registers.item()
-    places = _places(rows, first, count.registers.item())
+  def load(_, ref, *traced):
+    places = _places(rows, *traced)
     i64, element = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type).element_type
-    safe = arith.extsi(i64, first)
+    safe = arith.extsi(i64, traced[0].registers.item())
     width = len(shape)  # values of a register
     vector_type = ir.VectorType.get((width,), element)
     nothing = vector.broadcast(vector_type, mgpu.utils.c(0.0, element))
@@ -657,7 +675,7 @@ def load_rows(ref: Any, rows: Rows, *, interpret: bool) -> jax.Array:
       registers.flat[index] = arith.select(places[half][0], value, nothing)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
 
-  return load(ref, rows.first, rows.count)
+  return load(ref, *rows.traced())
 
 
 def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
@@ -671,10 +689,10 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
     return
   is_row, scalar = x.ndim == 1, plgpu.Layout.WG_SPLAT
 
-  @_inline(arg_types=(plgpu.RefType(), scalar, scalar, ROW if is_row else plgpu.Layout.WGMMA))
-  def store(_, ref, first, count, x):
+  @_inline(arg_types=(plgpu.RefType(), ROW if is_row else plgpu.Layout.WGMMA, *[scalar for _ in rows.traced()]))
+  def store(_, ref, x, *traced):
     i32, element = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type).element_type
-    places = _places(rows, first.registers.item(), count.registers.item())
+    places = _places(rows, *traced)
     lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
     is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.utils.c(0, i32))
     for half, (alive, place) in enumerate(places):
@@ -685,7 +703,59 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
         for group, register in enumerate(x.registers.flat[half::2]):
           llvm.store(register, mgpu.utils.getelementptr(pointer, [8 * group], element))
 
-  store(ref, rows.first, rows.count, x)
+  store(ref, x, *rows.traced())
+
+
+def copy_rows(ref: Any, rows: Rows, tile: Any, *, interpret: bool) -> None:
+  """Copies rows of `ref` [X, D] to a tile [N, D] in shared memory, 0 for rows that lie nowhere; a warpgroup calls it.
+
+  Without registers in between (PTX cp.async), 16 bytes at a time.
+  """
+  if interpret:
+    row = jnp.arange(tile.shape[0])
+    x = ref[...][jnp.where(row < rows.count, rows.place(row), 0)]
+    tile[...] = jnp.where((row < rows.count)[:, None], x, 0)
+    plgpu.commit_smem()
+    return
+  swizzle = plgpu.find_swizzle(tile.shape[1] * 16)
+  scalar = plgpu.Layout.WG_SPLAT
+
+  @_inline(
+    arg_types=(plgpu.RefType(), plgpu.RefType(_transforms(tile.shape, tile.dtype)), *[scalar for _ in rows.traced()])
+  )
+  def copy(_, ref, to, *traced):
+    # As in `zero_rows`; swizzling exchanges the 16-byte pieces of a row: piece p of row r comes to p ^ r, modulo 8.
+    assert swizzle == 128
+    i32, i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (32, 64, 8))
+    constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
+    row_tiles, column_tiles = ir.MemRefType(to.type).shape[:2]
+    to, pieces = mgpu.utils.memref_ptr(to), 8 * column_tiles
+    source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
+    safe = arith.extsi(i64, traced[0].registers.item())
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+    for index in range(row_tiles * 8 * pieces // 128):
+      piece = arith.addi(thread, constant(128 * index))
+      row, column = arith.divui(piece, constant(pieces)), arith.remui(piece, constant(pieces))
+      alive, place = _place(rows, row, *traced)
+      place = arith.muli(arith.select(alive, place, safe), mgpu.utils.c(16 * pieces, i64))
+      place = arith.addi(place, arith.extui(i64, arith.muli(column, constant(16))))
+      tile = arith.muli(arith.divui(row, constant(8)), constant(column_tiles))
+      tile, row = arith.addi(tile, arith.divui(column, constant(8))), arith.remui(row, constant(8))
+      line = arith.addi(arith.muli(tile, constant(8)), row)
+      column = arith.xori(arith.remui(column, constant(8)), row)
+      offset = arith.muli(arith.addi(arith.muli(line, constant(8)), column), constant(16))
+      nvvm.cp_async_shared_global(
+        mgpu.utils.getelementptr(to, [offset], i8),
+        mgpu.utils.getelementptr(source, [place], i8),
+        16,
+        nvvm.LoadCacheModifierKind.CG,
+        cp_size=arith.select(alive, constant(16), constant(0)),
+      )
+    nvvm.cp_async_commit_group()
+    nvvm.cp_async_wait_group(0)
+
+  copy(ref, tile, *rows.traced())
+  plgpu.commit_smem()
 
 
 # --- scalars that differ from thread to thread ------------------------------------------------------------------------

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import paged_flash as pf
-from paged_flash.kernels import paged_decode_sm90, paged_sm90
+from paged_flash.kernels import paged_decode_sm90, paged_prefill_sm90, paged_sm90
 from paged_flash.kernels.arguments import flash_problem, paged_problem
 from tests.kernels import cases, mosaic_help, oracle
 from tests.kernels.test_arguments import pretend
 from tests.tolerances import assert_close
 
 TILES = dict(lanes=2, block_kv=64, stages=2, num_blocks=3)
+TILES |= dict(prefill_num_wgs=2, prefill_block_kv=64, prefill_stages=2)
 SINKS = np.arange(7, dtype=np.float32) - 3
 SPECULATIVE: dict[str, Any] = dict(
   kv_lens=[9, 200, 0, 16, 65], query_lens=[4, 1, 0, 2, 3], num_tokens=12, max_query_len=4
@@ -40,6 +41,35 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
   ),
   "page32_block128": (SPECULATIVE | dict(heads=(2, 1, 64), page_size=32, pages_per_slot=8), dict(block_kv=128)),
   "page256_dim256": (dict(kv_lens=[100, 257], heads=(2, 1, 256), page_size=256, pages_per_slot=2), dict(lanes=1)),
+}
+# With chunks of more query tokens than the decode kernel takes, some as long as their sequence.
+CASES |= {
+  "chunks_page16": (
+    dict(kv_lens=[90, 1, 0, 150, 40], query_lens=[33, 1, 0, 40, 40], num_tokens=117, max_query_len=50)
+    | dict(heads=(4, 1, 64), page_size=16, pages_per_slot=10),
+    {},
+  ),
+  "chunks_page8_gqa7_everything": (
+    dict(kv_lens=[200, 30, 70], query_lens=[42, 4, 15], num_tokens=61, max_query_len=64)
+    | dict(heads=(7, 1, 64), page_size=8, pages_per_slot=30)
+    | dict(local_window_size=30, sinks=SINKS, logits_soft_cap=2.0, scale=0.3),
+    dict(prefill_num_wgs=1),
+  ),
+  "chunks_page32_block128_gqa3": (
+    dict(kv_lens=[100, 257], query_lens=[100, 22], num_tokens=124, max_query_len=124)
+    | dict(heads=(6, 2, 64), page_size=32, pages_per_slot=9, local_window_size=100),
+    dict(prefill_num_wgs=3, prefill_block_kv=128, prefill_stages=3, num_blocks=2),
+  ),
+  "chunks_page256_mha_dim256_f16": (
+    dict(kv_lens=[100, 257], query_lens=[80, 65], num_tokens=150, max_query_len=80)
+    | dict(heads=(1, 1, 256), page_size=256, pages_per_slot=2),
+    dict(lanes=1),
+  ),
+  "chunks_page64_mha_dim128": (
+    dict(kv_lens=[130, 66], query_lens=[130, 1], num_tokens=131, max_query_len=130)
+    | dict(heads=(2, 2, 128), page_size=64, pages_per_slot=3, sinks=SINKS[2:4]),
+    dict(prefill_num_wgs=2),
+  ),
 }
 
 
@@ -116,6 +146,75 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
     assert int(jax.jit(line.start)(batch // 2)) == lengths[: batch // 2].sum()
 
 
+def test_a_chunk_does_not_depend_on_its_batch():
+  """Bit for bit; and pages before a window may be NaN."""
+  arguments: dict[str, Any] = dict(heads=(4, 1, 64), page_size=16, local_window_size=50, max_query_len=40)
+  together = cases.paged_call(
+    kv_lens=[70, 20, 150], query_lens=[30, 1, 40], num_tokens=75, pages_per_slot=10, **arguments
+  )
+  gone = together["pages"][2, : (110 - 50) // 16]
+  together["k_pages"][gone] = together["v_pages"][gone] = np.nan
+  out, lse = attend(together)
+  assert np.isfinite(out.astype(np.float32)).all()
+  alone = dict(together, query=together["query"][31:71], kv_lens=together["kv_lens"][2:])
+  alone |= dict(pages=together["pages"][2:], query_starts=np.array([0, 40], np.int32))
+  out_alone, lse_alone = attend(alone, num_blocks=2)
+  assert (out_alone == out[31:71]).all() and (lse_alone == lse[31:71]).all()
+
+
+def test_inactive_slots_give_nothing():
+  """Whatever tokens they have, and although their table entries are nonsense."""
+  lens = [40, 3, 20]
+  arguments: dict[str, Any] = dict(heads=(4, 1, 64), page_size=16, pages_per_slot=4, max_query_len=63)
+  call = cases.paged_call(kv_lens=lens, query_lens=lens, num_tokens=63, **arguments)
+  rounded: dict[str, Any] = {x: np.asarray(jnp.asarray(call[x], jnp.bfloat16)) for x in ("query", "k_pages", "v_pages")}
+  problem, operands = paged_problem(**call | rounded)
+  inactive = operands._replace(
+    kv_lens=operands.kv_lens.at[:2].set(0), pages=operands.pages.at[0].set(2**30).at[1].set(-1)
+  )
+  run = lambda operands, interpret: paged_sm90.paged_forward(problem, operands, interpret=interpret, **TILES)  # noqa: E731
+  with mosaic_help.interpreter():
+    out, lse = mosaic_help.interpreted(run, inactive)
+  assert (out[:43] == 0).all() and (lse[:43] == -np.inf).all()
+  assert np.isfinite(lse[43:]).all() and out[43:].any((1, 2)).all()
+
+
+WORK = jax.jit(paged_prefill_sm90.work, static_argnums=(0, 1))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_work_is_every_row_once_the_longest_first(window):
+  """Against a loop over the sequences."""
+  block_q, batch, few, tokens = 64, 5, 16, 301
+  problem = problem_of(num_heads=4, batch=batch, num_tokens=tokens, max_query_len=100, window=window)
+  assert paged_decode_sm90.max_tokens(problem) == few
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    query_lens = rng.choice([0, 1, few, few + 1, 32, 33, 64, 100], batch)
+    query_lens = np.where(np.cumsum(query_lens) > tokens, 0, query_lens)
+    kv_lens = np.where(rng.random(batch) < 0.2, 0, query_lens + rng.choice([0, 1000], batch))
+    starts = np.concatenate([[0], np.cumsum(query_lens)])
+    starts, lens = (jnp.asarray(x, jnp.int32) for x in (starts, kv_lens))
+    tiles, (live, used) = map(np.asarray, WORK(problem, block_q, starts, lens))
+    sizes = [*zip(range(batch), starts[:-1], query_lens, kv_lens, strict=True)]
+    sizes = [x for x in sizes if x[2] > few] + [(batch, starts[-1], tokens - starts[-1], 0)]
+    wanted = [(b, row, start, n, kv_len) for b, start, n, kv_len in sizes for row in range(0, int(n) * 4, block_q)]
+    got = [tuple(row) for row in tiles[:used].tolist()]
+    assert sorted(got) == sorted(tuple(map(int, row)) for row in wanted)
+    assert all((kv_len > 0) == (i < live) for i, (*_, kv_len) in enumerate(got))
+    if window is None:
+      last_keys = [kv_len - n + min((row + block_q) // 4, n) for _, row, _, n, kv_len in got[:live]]
+      assert last_keys == sorted(last_keys, reverse=True)
+
+
+def test_the_work_fits_an_array_of_its_size():
+  """As many sequences as can be, each with a last tile that is hardly begun."""
+  problem = problem_of(num_heads=4, batch=4, num_tokens=4 * 17, max_query_len=17)
+  starts = jnp.arange(5, dtype=jnp.int32) * 17
+  tiles, (live, used) = WORK(problem, 64, starts, starts[1:])
+  assert live == used == 8 <= len(tiles)
+
+
 @pytest.mark.parametrize("tokens", [1, 100, 511, 512, 513, 8192, 40_000, 131_072])
 def test_chunks_depend_on_the_length_alone_and_are_few(tokens, monkeypatch):
   monkeypatch.undo()
@@ -144,7 +243,7 @@ def problem_of(page_size=16, dim=64, dtype=jnp.bfloat16, kv_dtype=None, device="
   "problem, reason",
   [
     (problem_of(), ""),
-    (problem_of(256, 256, jnp.float16, max_query_len=16), ""),
+    (problem_of(256, 256, jnp.float16, max_query_len=1000), ""),
     (problem_of(8, 128, window=100, soft_cap=3.0, has_sinks=True), ""),
     (problem_of(device="cpu"), "it runs on Hopper GPUs such as the H200, not on cpu"),
     (problem_of(dtype=jnp.float32), "it takes bfloat16 and float16, not float32"),
@@ -154,7 +253,6 @@ def problem_of(page_size=16, dim=64, dtype=jnp.bfloat16, kv_dtype=None, device="
     (problem_of(4), "it wants a page_size that is a power of two from 8 to 256, not 4"),
     (problem_of(24), "it wants a page_size that is a power of two from 8 to 256, not 24"),
     (problem_of(num_heads=65), "it wants at most 64 query heads for each KV head, not 65"),
-    (problem_of(max_query_len=17), "it wants max_query_len up to 16 with these heads, not 17"),
   ],
 )
 def test_supports_says_why_not(problem, reason):
@@ -187,6 +285,20 @@ CONFIGURATIONS |= {
   ),
   "everything-256": (8, 64, 64, 4, 4, 256, 16, dict(local_window_size=300, logits_soft_cap=30.0)),
 }
+# Chunks of more tokens than the decode kernel takes.
+CONFIGURATIONS |= {
+  f"chunks-page{page}-{dim}": (8, 4096 // page, page, 32, 8, dim, 256, {})
+  for page, dim in ((8, 128), (16, 64), (16, 128), (16, 256), (128, 128), (256, 256))
+}
+CONFIGURATIONS |= {
+  "chunks-mha": (8, 256, 16, 32, 32, 128, 100, {}),
+  "chunks-group3-64": (8, 64, 16, 9, 3, 64, 100, {}),
+  "chunks-group7-window": (8, 256, 16, 28, 4, 128, 100, dict(local_window_size=1000)),
+  "chunks-everything-256": (
+    *(8, 256, 8, 32, 8, 256, 40),
+    dict(local_window_size=1000, logits_soft_cap=30.0, sinks=jax.ShapeDtypeStruct((32,), jnp.float32)),
+  ),
+}
 
 
 def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, arguments, num_pages=None):
@@ -207,6 +319,8 @@ def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, argum
 
 
 def lowered(arrays, options) -> str:
+  options = options | dict(implementation="sm90")
+
   def run(arrays):
     assert "\n  runs sm90, lanes=" in pf.explain(pf.paged_attention, **arrays, **options)
     return pf.paged_attention(**arrays, **options, return_residual=True)
@@ -219,7 +333,8 @@ def test_lowering(name, monkeypatch):
   monkeypatch.undo()
   arrays, options = shapes(*CONFIGURATIONS[name])
   text = lowered(arrays, options)
-  assert mosaic_help.count_kernels(text) == (1 if name in ("short", "everything-256") else 2)  # one chunk, or more
+  decode = 1 if name in ("short", "everything-256") else 2  # one chunk, or more
+  assert mosaic_help.count_kernels(text) == decode + ("chunks" in name)
   assert mosaic_help.largest_array(text) == arrays["k_pages"].size
 
 
@@ -236,7 +351,8 @@ def test_a_mapped_axis_lowers(monkeypatch):
   queries = jax.ShapeDtypeStruct((3, *arrays["query"].shape), jnp.bfloat16)
 
   def run(queries, arrays):
-    return jax.vmap(lambda query: pf.paged_attention(**arrays | {"query": query}, **options))(queries)
+    attend = lambda query: pf.paged_attention(**arrays | {"query": query}, **options, implementation="sm90")  # noqa: E731
+    return jax.vmap(attend)(queries)
 
   assert mosaic_help.count_kernels(mosaic_help.lowered(run, queries, arrays)) == 1
 

@@ -1,0 +1,206 @@
+"""What a compute warpgroup of the forward kernels for Hopper GPUs does: attention of its 64 rows, item after item.
+
+An item is a tile of queries and the KV tiles that they see. A producer warpgroup fills rings of tiles (`Tiles`); each
+compute warpgroup takes 64 rows of every item. Scores live in registers only.
+
+  KV tiles from the last to the first (the masked ones come first):
+    S = Q K^T of tile i+1     issued together with
+    O += P V of tile i        so the tensor cores have work while
+    P = softmax(S)            runs on the other units, and warpgroups take turns (`Turn`)
+
+This is the schedule of FlashAttention-3 (Shah et al. 2024, Algorithm 2 and section 3.1), the softmax that of Dao et al.
+2022, Algorithm 1, in the log2 domain: their m is `row_max`, the running maximum of the raw scores, and l `row_sum`.
+
+The pipeline does not stop where an item ends: the scores of the next one's first KV tile are issued together with the
+last O += P V of this one, so its output leaves while the tensor cores work. O is rescaled only when the maximum has
+grown by more than 2^8, which after the first tiles is rare.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from paged_flash.kernels import mosaic
+from paged_flash.kernels.mosaic import LOG2_E, ROW
+
+ROWS = 64  # query rows of one warpgroup
+
+
+class Tiles(NamedTuple):
+  """Tiles in shared memory, and barriers that say which are full and which may be overwritten."""
+
+  q_smem: Any  # [query_stages, num_wgs * ROWS, D]
+  k_smem: Any  # [stages, block_kv, D]
+  v_smem: Any  # [stages, block_kv, Dv]
+  q_full: Any
+  q_empty: Any
+  k_full: Any
+  k_empty: Any
+  v_full: Any
+  v_empty: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+  """The loop of one compute warpgroup; what the kernels do differently are functions.
+
+  An item is whatever `item` returns: it has `low` < `high`, its KV tiles. Of these n tiles, counted from the last,
+  `cut` is wanted for the first, if anything is masked, for [1, begin) and for [end, n).
+  """
+
+  dtype: Any
+  num_wgs: int
+  scale: float
+  soft_cap: float | None
+  masks_right: bool  # some rows may not see the end of their first KV tiles
+  masks_left: bool  # or the beginning of the last
+  masks_inside: bool  # or anything of any
+  interpret: bool
+  at: Callable[[Any], Any]  # index of the block's n-th item
+  item: Callable[[Any], Any]  # the item of an index
+  cut: Callable[[Any, Any, jax.Array], jax.Array]  # (item, first key, scores [ROWS, block_kv]): -inf where masked
+  ends: Callable[[Any], tuple[Any, Any, Any]]  # of an item: (begin, end, n)
+  write: Callable[[Any, jax.Array, jax.Array, jax.Array], None]  # (item, O, row_max, row_sum), unfinished
+
+  @property
+  def factor(self) -> float:
+    """Of the scores as `softmax` sees them: their logarithm to the base 2."""
+    return LOG2_E * (self.scale if self.soft_cap is None else self.soft_cap)
+
+  def query_in_registers(self, head_dim: int) -> bool:
+    return self.num_wgs < 3 and head_dim <= 128 and not self.interpret
+
+
+def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
+  """Attention of the warpgroup's rows of a block's `steps` items, one at least."""
+  q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+  (query_stages, _, head_dim), (stages, block_kv, value_dim) = q_smem.shape, v_smem.shape
+  query_in_registers, factor = loop.query_in_registers(head_dim), loop.factor
+  first_masked = loop.masks_right or loop.masks_left or loop.masks_inside
+  turn = mosaic.Turn(warpgroup, loop.num_wgs, interpret=loop.interpret)
+  turn.start()
+  mine = pl.ds(warpgroup * ROWS, ROWS)
+
+  def ring(n):
+    return lax.rem(n, jnp.int32(stages))
+
+  def take_query(step):
+    """The step's queries: in registers where they fit, else where they lie."""
+    slot = lax.rem(step, jnp.int32(query_stages))
+    plgpu.barrier_wait(q_full.at[slot])
+    if not query_in_registers:
+      return None
+    query = plgpu.load(q_smem.at[slot, mine], layout=plgpu.Layout.WGMMA)
+    plgpu.barrier_arrive(q_empty.at[slot])
+    return query
+
+  def lhs(query, step):
+    return query if query_in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
+
+  def softmax(work, i, s, row_max, row_sum, masked):
+    """P of the work's tile i, not yet divided by row_sum; the new statistics; the factor of what came before."""
+    column = (work.high - 1 - i) * block_kv
+    if loop.soft_cap is not None:
+      s = jnp.tanh(s * (loop.scale / loop.soft_cap))
+    if masked:
+      s = loop.cut(work, column, s)
+    # The maximum follows only jumps of more than 2^8: most tiles then leave O as it is.
+    new_max = jnp.maximum(row_max, s.max(axis=1))
+    new_max = jnp.where((new_max - row_max) * factor > 8.0, new_max, row_max)
+    shift = new_max * factor
+    if masked:
+      shift = jnp.where(new_max == -jnp.inf, 0.0, shift)  # a row that has seen nothing yet
+    alpha = jnp.exp2(row_max * factor - shift)
+    prob, sums = mosaic.exponentials(s, factor, shift, interpret=loop.interpret)
+    return prob, new_max, row_sum * alpha + sums, alpha
+
+  def fresh():
+    return mosaic.full((ROWS,), -jnp.inf, ROW), mosaic.full((ROWS,), 0.0, ROW)
+
+  def scores(query, k):
+    plgpu.barrier_wait(k_full.at[k])
+    s = mosaic.matmul(query, k_smem.at[k].T)
+    plgpu.barrier_arrive(k_empty.at[k])
+    return s
+
+  def values(acc, prob, v):
+    plgpu.barrier_wait(v_full.at[v])
+    acc = mosaic.add_matmul(acc, prob, v_smem.at[v], interpret=loop.interpret)
+    plgpu.barrier_arrive(v_empty.at[v])
+    return acc
+
+  def overlapped(query, k, acc, prob, v, soften):
+    """O + P V of one tile, and `soften` of the scores of the next: (O, P, row_max, row_sum, alpha)."""
+    if loop.interpret:
+      s = scores(query, k)
+      return values(acc, prob, v), *soften(s)
+
+    def products(refs):
+      acc_ref, *out_refs = refs
+      plgpu.barrier_wait(k_full.at[k])
+      turn.wait()
+      s = mosaic.begin_scores(query, k_smem.at[k])
+      plgpu.barrier_wait(v_full.at[v])
+      plgpu.wgmma(acc_ref, prob, v_smem.at[v])
+      turn.pass_on()
+      plgpu.wgmma_wait(1)
+      out = soften(s)
+      for ref, x in zip(out_refs, out, strict=True):
+        ref[...] = x
+      plgpu.barrier_arrive(k_empty.at[k + mosaic.after(out[2])])  # ptxas must not wait for O before the softmax
+
+    row_max, row_sum = fresh()
+    start = (mosaic.ACC.init(acc), mosaic.full((ROWS, block_kv), 0.0), row_max, row_sum, row_sum)
+    acc, *out = pl.run_state(products)(start)
+    plgpu.barrier_arrive(v_empty.at[v])
+    return acc, *out
+
+  def one_item(step, carry):
+    """Everything of an item after the softmax of its first tile, and that of the next item's first tile."""
+    done, query, row_max, row_sum, prob = carry
+    work, upcoming = loop.item(loop.at(step)), loop.at(jnp.minimum(step + 1, steps - 1))
+
+    def advance(i, carry, *, masked):
+      acc, row_max, row_sum, prob = carry
+      soften = lambda s: softmax(work, i, s, row_max, row_sum, masked)  # noqa: E731
+      acc, prob, row_max, row_sum, alpha = overlapped(
+        lhs(query, step), ring(done + i), acc, prob, ring(done + i - 1), soften
+      )
+      return mosaic.rescale(acc, alpha, interpret=loop.interpret), row_max, row_sum, prob.astype(loop.dtype)
+
+    begin, end, n = loop.ends(work)
+    carry = mosaic.full((ROWS, value_dim), 0.0), row_max, row_sum, prob
+    for masked, start, stop in ((True, 1, begin), (False, begin, end), (True, end, n)):
+      if start is not stop:
+        carry = lax.fori_loop(start, stop, functools.partial(advance, masked=masked), carry)
+    acc, row_max, row_sum, prob = carry
+    if not query_in_registers:
+      plgpu.barrier_arrive(q_empty.at[lax.rem(step, jnp.int32(query_stages))])
+
+    def with_next():
+      query = take_query(step + 1)
+      soften = lambda s: softmax(loop.item(upcoming), 0, s, *fresh(), first_masked)  # noqa: E731
+      acc_, prob_, row_max_, row_sum_, _ = overlapped(
+        lhs(query, step + 1), ring(done + n), acc, prob, ring(done + n - 1), soften
+      )
+      return acc_, query, row_max_, row_sum_, prob_.astype(loop.dtype)
+
+    def without_next():
+      return values(acc, prob, ring(done + n - 1)), query, row_max, row_sum, prob
+
+    acc, query, *next_row_state = lax.cond(step + 1 < steps, with_next, without_next)
+    loop.write(work, acc, row_max, row_sum)
+    return done + n, query, *next_row_state
+
+  query = take_query(0)
+  s = scores(lhs(query, 0), 0)
+  prob, row_max, row_sum, _ = softmax(loop.item(loop.at(0)), 0, s, *fresh(), first_masked)
+  lax.fori_loop(0, steps, one_item, (jnp.int32(0), query, row_max, row_sum, prob.astype(loop.dtype)))
+  turn.finish()
