@@ -7,7 +7,7 @@ attention Theta(N^2 d^2 / M): inversely to the size of the tile. At N = 4096 the
 
 One head of 128, full attention, bf16; counted, no GPU needed. Two levels: what the multiprocessors ask for, which is
 the theorem's slow memory, and what is left of it behind an L2 cache, which the theorem does not have. Expected: the
-former by the theorem, the latter little more than every operand once.
+former by the theorem, the latter little more than every operand once. Found: both.
 """
 
 import dataclasses

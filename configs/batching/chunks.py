@@ -8,7 +8,9 @@ bound on its 99th percentile.
 
 FILE.csv is AzureLLMInferenceTrace_conv.csv of Azure/AzurePublicDataset (Patel et al. 2024; CC-BY-4.0), its first 400
 requests at 20 a second, Llama-3-8B on one H200 by a roofline. Expected: the longest waits fall with the tokens of a
-step, and the time to the first token rises where the steps become too small to keep the device busy.
+step, and the time to the first token rises where the steps become too small to keep the device busy. Found: both;
+steps of 512 tokens cut the 99th percentile from 122 to 15 ms and cost 13 ms in the median to the first token. The load
+within a bound was not searched.
 """
 
 import dataclasses

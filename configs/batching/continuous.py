@@ -8,6 +8,7 @@ FasterTransformer, their other optimisations included).
 
 300 requests with ShareGPT's mean lengths, all there from the start, 32 slots; Llama-3-8B on one H200 by a roofline, so
 a step hardly costs more for a full batch. Expected: twice the throughput and more, for batches are emptied slowly.
+Found: 2.9 times. Latency at a given load was not compared.
 """
 
 import dataclasses

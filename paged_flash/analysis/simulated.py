@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from paged_flash.analysis.pictures import Picture
 
@@ -174,6 +174,8 @@ def show_stalls(rows: Sequence[Row]) -> Picture:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     ax.tick_params(axis="x", labelsize=8)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{1e3 * s:g} ms" if s < 1 else f"{s:g} s"))
     ax.set_xlabel("tokens of a step at most")
     ax.grid(lw=0.4)

@@ -143,5 +143,5 @@ def test_ways_are_judged_by_throughput_or_by_waits():
   rows = [dict(tokens_per_second=10, utilisation=0.3, token_p99_s=0.5, token_budget=64, first_token_p50_s=1.0)]
   rows += [dict(tokens_per_second=30, utilisation=0.9, token_p99_s=0.4, token_budget=16, first_token_p50_s=2.0)]
   found = [batching.judged(dataclasses.replace(CLAIM, number=number), rows) for number in ("10", "15a")]
-  assert [claim["verdict"] for claim in found] == ["reproduced", "not reproduced"]
+  assert [claim["verdict"] for claim in found] == ["in part", "not reproduced"]
   assert found[0]["ours"].startswith("3.0 x the throughput") and "500 ms" in found[1]["ours"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import paged_attention
+from experiments.comparison import Measured
 from experiments.paged_cases import Case, expect, make_inputs, quantisation_error, worst_error
 from experiments.peers.paged_attention import PEERS, Peer, gather, ours, out, own_pool, paged
 from paged_flash.experiment import Workdir
@@ -177,6 +178,15 @@ def test_one_run_reports_the_missing_the_wrong_the_fastest_and_the_rotated(monke
     assert row["ceiling_tbs"] == pytest.approx(2**20 / found[at, "read"]["us"] / 1e6)
   assert result["explained"][SMALL.name][0].startswith("runs xla")
   assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_peer_is_right_and_not_one_of_ours():
+  times = dict(ours=(4e-3, 0.1), ours_ordered=(2e-3, 0.1), cudnn=(3e-3, 0.5), fa3=(1e-3, 1.5), read=(5e-3, None))
+  done = [Measured(SMALL, "repeated", peer, seconds, error=error) for peer, (seconds, error) in times.items()]
+  (row,) = paged_attention.summary(done, {SMALL.name: None}, paged_attention.Config(dtype="float32"), 10**9)
+  assert (row["best_peer"], row["ratio"], row["overhead"]) == ("cuDNN, contiguous", 0.75, 1.0)
+  assert row["ordered_by_ours"] == 0.5 and row["fa3_us"] is None and row["ceiling_tbs"] == pytest.approx(0.2)
+  assert row["of_ceiling"] == pytest.approx(SMALL.kv_bytes("float32") / 4e-3 / 0.2e12)
 
 
 def test_a_case_without_room_says_so_and_the_next_one_runs(monkeypatch, tmp_path: pathlib.Path):
