@@ -57,13 +57,13 @@ def tiles(problem: Problem, implementation: str, stage: Literal["forward", "back
 
 
 def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
-  """192 KiB of K and V in flight, best of those measured on an H100.
+  """192 KiB of K and V in flight, best of those measured on an H100; 128 KiB of 8-bit ones, with room to widen them.
 
   A result depends on `block_kv`, so that is chosen by head_dim alone: batches of any size give the same bits. Where
   there is at most one chunk for each multiprocessor, one lane has the memory of two.
   """
   size = problem.head_dim
-  block_kv, stages = 128 if size == 64 else 64, 3
+  block_kv, stages = 128 if size == 64 else 64, 4 if problem.has_scales else 3
   chunks = paged_decode_sm90.make_chunks(problem, block_kv).max_count * problem.num_kv_heads * problem.batch
   if size == 256 or chunks <= mosaic.num_multiprocessors():
     tiles = {"lanes": 1, "block_kv": block_kv, "stages": stages if size == 256 else 2 * stages}

@@ -44,7 +44,7 @@ def untyped(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def _transforms(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> tuple[Any, Any]:
-  bits = jnp.finfo(dtype).bits
+  bits = 8 * jnp.dtype(dtype).itemsize
   swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
   return _tiling((8, 8 * swizzle // bits)), _swizzle(swizzle)
 
@@ -95,6 +95,125 @@ def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, interpret: bool
         llvm.store(quad, mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8)))
 
   clear(ref, *ends)
+
+
+def dequantise(tile: Any, scales: Any, quantised: Any, scale: Any, *, interpret: bool) -> None:
+  """tile bf16[rows, columns] = the values of `quantised`, int8 or an 8-bit float, and scales f32[rows] = scale.
+
+  Both tiles lie in shared memory as `smem` makes them; 64 or 128 rows. A warpgroup calls it, and then
+  `plgpu.commit_smem`. `scale` is that of row `thread() % rows` in each thread; of all rows in the interpreter. 8-bit
+  floats are taken as finite.
+  """
+  if interpret:
+    tile[...] = quantised[...].astype(tile.dtype)
+    scales[...] = scale
+    return
+  dtype = str(quantised.dtype)
+  rows, columns = tile.shape
+  refs = (tile, quantised)
+
+  @_inline(
+    arg_types=(
+      *(plgpu.RefType(_transforms(x.shape, x.dtype)) for x in refs),
+      plgpu.RefType(),
+      plgpu.Layout.WG_SPLAT,
+    )
+  )
+  def convert(_, tile, quantised, scales, scale):
+    i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+    constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
+    shift_left = lambda x, n: arith.muli(x, constant(n))  # noqa: E731
+    part = lambda x, low, count: arith.remui(arith.divui(x, constant(low)), constant(count))  # noqa: E731
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+    with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, constant(rows))):
+      pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(scales), [thread], ir.F32Type.get())
+      llvm.store(scale.registers.item(), pointer)
+    # Eight threads at a time take four pieces of 16 bytes in rows r and r ^ 5 of a tile of 8 rows: neither these nor
+    # the 2 x 16 bytes that they become share a bank, the tiles being swizzled.
+    width = min(128, columns)  # bytes of a row of a quantised tile
+    row = arith.xori(part(thread, 8, 4), shift_left(part(thread, 4, 2), 5))
+    piece, turn = part(thread, 1, 4), row
+    if width == 128:
+      piece, atom = arith.addi(piece, shift_left(part(thread, 32, 2), 4)), part(thread, 64, 2)
+    else:
+      atom, turn = part(thread, 32, 4), arith.divui(row, constant(2))
+      turn = arith.remui(turn, constant(4))
+    place = arith.addi(shift_left(arith.addi(shift_left(atom, 8), row), width), shift_left(arith.xori(piece, turn), 16))
+    column_tiles = columns // width
+    row_tile, column_tile = arith.divui(atom, constant(column_tiles)), arith.remui(atom, constant(column_tiles))
+    out_tile = arith.addi(shift_left(row_tile, columns // 64), shift_left(column_tile, width // 64))
+    out_tile = arith.addi(out_tile, arith.divui(piece, constant(4)))
+    line = shift_left(arith.addi(shift_left(out_tile, 8), row), 128)
+    left = shift_left(part(piece, 1, 4), 2)
+    outs = [arith.addi(line, shift_left(arith.xori(x, row), 16)) for x in (left, arith.addi(left, constant(1)))]
+    four = ir.VectorType.get((4,), i32)
+    source, target = mgpu.utils.memref_ptr(quantised), mgpu.utils.memref_ptr(tile)
+    loaded = []
+    for step in range(rows * columns // 2048):
+      pointer = mgpu.utils.getelementptr(source, [arith.addi(place, constant(2048 * step))], i8)
+      loaded.append(llvm.load(four, pointer))
+    for step, words in enumerate(loaded):
+      pairs = [y for x in _values(words) for y in _to_bf16(x, dtype)]
+      for half, out in enumerate(outs):
+        pointer = mgpu.utils.getelementptr(target, [arith.addi(out, constant(4096 * step))], i8)
+        llvm.store(vector.from_elements(four, pairs[4 * half : 4 * half + 4]), pointer)
+
+  convert(*refs, scales, scale)
+
+
+def _to_bf16(word: Any, dtype: str) -> list[Any]:
+  """Four 8-bit numbers in an i32 as bf16, two in an i32."""
+  i32 = ir.IntegerType.get_signless(32)
+  constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
+
+  def ptx(text, *args):
+    return mgpu.utils.inline_ptx(text, *args, result_types=i32)
+
+  def spread(x, filler, order):
+    return ptx("prmt.b32 $0, $1, $2, $3;", x, constant(filler), constant(order))
+
+  if dtype == "int8":
+    # 0x43xx is 128 + xx for 7 bits xx; the sign bit alone makes 0x4300 or 0x4380, 128 or 256, to be subtracted.
+    low, sign = arith.andi(word, constant(0x7F7F7F7F)), arith.andi(word, constant(0x80808080 - 2**32))
+    return [
+      ptx("sub.rn.bf16x2 $0, $1, $2;", spread(low, 0x43434343, order), spread(sign, 0x43434343, order))
+      for order in (0x4140, 0x4342)
+    ]
+  # The bits below the sign are those of a bf16 with a smaller exponent, denormals included.
+  exponent_bits = {"float8_e4m3fn": 4, "float8_e5m2": 5}[dtype]
+  mask = 0x07F007F0 if exponent_bits == 4 else 0x0FE00FE0
+  factor = (127 + 127 - (2 ** (exponent_bits - 1) - 1)) << 7  # 2 ** (127 - bias)
+  pairs = []
+  for order in (0x1404, 0x3424):  # each number in the high byte
+    high = spread(word, 0, order)
+    magnitude = arith.andi(arith.shrui(high, constant(8 - exponent_bits)), constant(mask))
+    number = arith.ori(arith.andi(high, constant(0x80008000 - 2**32)), magnitude)
+    pairs.append(ptx("mul.rn.bf16x2 $0, $1, $2;", number, constant(factor << 16 | factor)))
+  return pairs
+
+
+def scale_columns(x: jax.Array, scales: Any, *, interpret: bool) -> jax.Array:
+  """x [64, N] with each column times its number in `scales` f32[N], in shared memory."""
+  if interpret:
+    return x * down(scales[...], x)
+  layout = plgpu.Layout.WGMMA
+
+  @_inline(arg_types=(layout, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
+  def multiply(_, x, scales):
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    pair = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
+    first = arith.muli(pair, mgpu.utils.c(2, i32))
+    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(scales), [first], f32)
+    registers, factors = x.registers.copy(), []
+    for index, register in enumerate(x.registers.flat):
+      group = index // 2  # 8 columns; rows r and r + 8
+      if group == len(factors):
+        pointer = mgpu.utils.getelementptr(base, [8 * group], f32)
+        factors.append(llvm.load(ir.VectorType.get((2,), f32), pointer))
+      registers.flat[index] = arith.mulf(register, factors[group])
+    return _like(x, registers)
+
+  return multiply(x, scales)
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:

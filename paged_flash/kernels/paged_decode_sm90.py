@@ -15,6 +15,9 @@ Only in shared memory are rows padded to the 64 of a wgmma. Chunks that a lane c
 registers, and written if they are all; of a sequence that a segment's end cuts, the chunks before it make one part, and
 each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
 
+Pages of 8 bits are fetched as they are, and widened by the warpgroup into one more tile before each product. The scale
+of a token multiplies its column of S and of P, in float32.
+
 Bytes in flight on a multiprocessor: lanes x stages x tiles of K and V, 192 KiB at every head_dim, where a latency of
 about 1 us at 4.8 TB/s asks for 36 KiB. In pages [page_size, K, D] a copy takes head_dim values of every token, rows of
 128 bytes or more; neighbouring lanes take the neighbouring heads of the same tokens.
@@ -66,7 +69,8 @@ def make_chunks(problem: PagedProblem, block_kv: int) -> Chunks:
   max_tiles = cdiv(visible, block_kv)
   if p.window is not None:
     max_tiles = min(max_tiles, cdiv(p.window + p.max_query_len, block_kv) + 1)
-  return Chunks(least=max(1, CHUNK // block_kv), most=max(1, ENOUGH_ITEMS // p.num_kv_heads), max_tiles=max_tiles)
+  least = max(1, (2 * CHUNK if p.has_scales else CHUNK) // block_kv)
+  return Chunks(least=least, most=max(1, ENOUGH_ITEMS // p.num_kv_heads), max_tiles=max_tiles)
 
 
 def max_tokens(problem: PagedProblem) -> int:
@@ -224,8 +228,9 @@ def forward(
     return sink + jnp.where(s.kv_len > 0, 0.0, -jnp.inf)
 
   def kernel(q_gmem, k_gmem, v_gmem, pages, kv_lens, starts, sinks, *refs):
-    out_gmem, lse_gmem, *parts = refs[:-7]
-    q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty = refs[-7:]
+    scales_gmem, refs = (refs[:2], refs[2:]) if p.has_scales else ((), refs)
+    out_gmem, lse_gmem, *parts = refs[:-num_scratch]
+    q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, *wide = refs[-num_scratch:]
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
     def over_chunks(lane, body, carry):
@@ -257,18 +262,21 @@ def forward(
       low = s.low + chunk * s.chunk
       return low, jnp.minimum(low + s.chunk, s.high)
 
+    def visible_pages(s):
+      """First and last page that anybody sees: no other is ever read. What lies in their place in a tile is masked."""
+      first = lax.div(s.first_key, jnp.int32(p.page_size)) if p.window is not None else 0
+      return first, lax.div(s.kv_len - 1, jnp.int32(p.page_size))
+
     def fetch(lane):
       def one_chunk(b, s, mine, head, chunk, done):
         low, high = chunk_tiles(s, chunk)
-        first_page = lax.div(s.first_key, jnp.int32(p.page_size)) if p.window is not None else 0
-        last_page = lax.div(s.kv_len - 1, jnp.int32(p.page_size))
+        first_page, last_page = visible_pages(s)
 
         @pl.loop(low, high)
         def one_tile(t):
           i = done + t - low
           slot = lane * stages + lax.rem(i, jnp.int32(stages))
           page = lax.div(t * block_kv, jnp.int32(p.page_size))
-          # Pages that nobody sees are never read; what lies there in the tile is masked.
           ids = [pages[b, jnp.clip(page + n, first_page, last_page)] for n in range(tile_pages)]
           rows = pl.ds(t * block_kv - page * p.page_size, min(block_kv, p.page_size))
           for gmem, smem, full, empty in ((k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)):
@@ -286,6 +294,26 @@ def forward(
         slot = lane * stages + lax.rem(i, jnp.int32(stages))
         plgpu.barrier_wait(k_empty.at[slot])
         plgpu.barrier_wait(v_empty.at[slot])
+
+    def scales(b, s, head, t):
+      """Scales of K and V of tile t, 0 where nobody sees a token; one row's in each thread, as `dequantise` wants."""
+      first_page, last_page = visible_pages(s)
+
+      def of_rows(page, rows, key):
+        page_id = pages[b, jnp.clip(page, first_page, last_page)]
+        is_seen = (key >= s.first_key) & (key < s.kv_len)
+        return [jnp.where(is_seen, gmem[page_id, rows, head], 0.0) for gmem in scales_gmem]
+
+      first = t * block_kv
+      if not is_interpreted:
+        key = first + lax.rem(mosaic.thread(), jnp.int32(block_kv))
+        page, row = divide(key, p.page_size)
+        return of_rows(page, row, key)
+      page, row = divide(first, p.page_size)
+      size = block_kv // tile_pages
+      keys = [first + n * size + jnp.arange(size) for n in range(tile_pages)]
+      parts = [of_rows(page + n, pl.ds(row, size), key) for n, key in enumerate(keys)]
+      return [jnp.concatenate(x) for x in zip(*parts, strict=True)]
 
     def nothing():
       return mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS,), -jnp.inf, ROW), mosaic.full((ROWS,), 0.0, ROW)
@@ -310,12 +338,24 @@ def forward(
         r_low = None if p.window is None else r_high - (1 + p.window)
 
         def one_tile(t, carry, *, masked):
-          acc, row_max, row_sum = carry
+          acc, row_max, row_sum, *now = carry
           slot = lane * stages + lax.rem(done + t - low, jnp.int32(stages))
           column = t * block_kv
+          k_tile, v_tile = k_smem.at[slot], v_smem.at[slot]
+          if wide:  # the next tile's scales arrive meanwhile
+            quantised = k_tile, v_tile
+            k_tile, v_tile, k_scales, v_scales = (x.at[lane] for x in wide)
+            later = scales(b, s, head, jnp.minimum(t + 1, high - 1))
           plgpu.barrier_wait(k_full.at[slot])
-          scores = mosaic.matmul(q_tile, k_smem.at[slot].T)
-          plgpu.barrier_arrive(k_empty.at[slot])
+          if wide:
+            mosaic.dequantise(k_tile, k_scales, quantised[0], now[0], interpret=is_interpreted)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(k_empty.at[slot])
+          scores = mosaic.matmul(q_tile, k_tile.T)
+          if wide:
+            scores = mosaic.scale_columns(scores, k_scales, interpret=is_interpreted)
+          else:
+            plgpu.barrier_arrive(k_empty.at[slot])
           if p.soft_cap is not None:
             scores = jnp.tanh(scores * (p.scale / p.soft_cap))
           if masked:
@@ -329,28 +369,35 @@ def forward(
           prob, sums = mosaic.exponentials(scores, factor, shift, interpret=is_interpreted)
           acc = mosaic.rescale(acc, alpha, interpret=is_interpreted)
           plgpu.barrier_wait(v_full.at[slot])
+          if wide:
+            mosaic.dequantise(v_tile, v_scales, quantised[1], now[1], interpret=is_interpreted)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(v_empty.at[slot])
+            prob = mosaic.scale_columns(prob, v_scales, interpret=is_interpreted)
           if masked:  # what nobody owns may be NaN, and 0 * NaN is NaN
 
             @pl.when((s.kv_len < column + block_kv) | (s.first_key > column))
             def _():
               before = None if p.window is None else s.first_key - column
-              mosaic.zero_rows(v_smem.at[slot], s.kv_len - column, before, interpret=is_interpreted)
+              mosaic.zero_rows(v_tile, s.kv_len - column, before, interpret=is_interpreted)
               plgpu.commit_smem()
 
-          acc = mosaic.add_matmul(acc, prob.astype(dtype), v_smem.at[slot], interpret=is_interpreted)
-          plgpu.barrier_arrive(v_empty.at[slot])
-          return acc, new_max, row_sum * alpha + sums
+          acc = mosaic.add_matmul(acc, prob.astype(dtype), v_tile, interpret=is_interpreted)
+          if not wide:
+            plgpu.barrier_arrive(v_empty.at[slot])
+            return acc, new_max, row_sum * alpha + sums
+          return acc, new_max, row_sum * alpha + sums, *later
 
         # Tiles [begin, end) are seen whole by every row.
         begin, end = low, jnp.clip(lax.div(offset + 1, jnp.int32(block_kv)), low, high)
         if p.window is not None:
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
-        carry = nothing()
+        carry = *nothing(), *(scales(b, s, head, low) if wide else ())
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
           if start is not stop:
             carry = lax.fori_loop(start, stop, lambda t, carry, masked=masked: one_tile(t, carry, masked=masked), carry)
-        acc, row_max, row_sum = carry
+        acc, row_max, row_sum, *_ = carry
         result = acc, row_max, mosaic.total(row_sum, interpret=is_interpreted)
         if not is_folded:
           is_whole = s.count == 1
@@ -462,6 +509,15 @@ def forward(
     plgpu.Barrier(num_arrivals=tile_pages, num_barriers=lanes * stages),
     plgpu.Barrier(num_barriers=lanes * stages),
   )
+  scratch = [
+    mosaic.smem((lanes, ROWS, D), dtype),
+    *(mosaic.smem((lanes * stages, block_kv, D), operands.k_pages.dtype) for _ in range(2)),
+    *(full, empty, full, empty),
+  ]
+  if p.has_scales:  # where 8-bit tiles of K and V become wider ones
+    scratch += [mosaic.smem((lanes, block_kv, D), dtype) for _ in range(2)]
+    scratch += [plgpu.SMEM((lanes, block_kv), jnp.float32) for _ in range(2)]
+  num_scratch = len(scratch)
   attend = plgpu.kernel(
     kernel,
     out_type=(
@@ -474,18 +530,15 @@ def forward(
     grid_names=("block",),
     num_threads=lanes + 1,
     thread_name="wg",
-    scratch_types=(
-      mosaic.smem((lanes, ROWS, D), dtype),
-      *(mosaic.smem((lanes * stages, block_kv, D), dtype) for _ in range(2)),
-      *(full, empty, full, empty),
-    ),
+    scratch_types=scratch,
     compiler_params=params,
     interpret=interpret,
   )
   sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
   lens = operands.kv_lens, operands.query_starts
   query = operands.query.reshape(T * H, D)
-  out, lse, *parts = attend(query, operands.k_pages, operands.v_pages, operands.pages, *lens, sinks)
+  scale_arrays = (operands.k_scales, operands.v_scales) if p.has_scales else ()
+  out, lse, *parts = attend(query, operands.k_pages, operands.v_pages, operands.pages, *lens, sinks, *scale_arrays)
   if parts:
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     plgpu.kernel(

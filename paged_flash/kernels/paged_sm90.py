@@ -21,8 +21,8 @@ def supports(problem: Problem, stage: str = "forward") -> str:
     return f"it runs on Hopper GPUs such as the H200, not on {p.device}"
   if p.dtype not in ("bfloat16", "float16"):
     return f"it takes bfloat16 and float16, not {p.dtype}"
-  if p.kv_dtype != p.dtype:
-    return f"it takes pages of the query's dtype, not of {p.kv_dtype}"
+  if p.has_scales and p.dtype != "bfloat16":
+    return f"it takes 8-bit pages with bfloat16 queries, not with {p.dtype}"
   if p.scale <= 0:
     return f"it wants a positive scale, not {p.scale}"
   if p.head_dim not in (64, 128, 256):

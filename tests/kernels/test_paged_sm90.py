@@ -40,6 +40,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     dict(lanes=1),
   ),
   "page32_block128": (SPECULATIVE | dict(heads=(2, 1, 64), page_size=32, pages_per_slot=8), dict(block_kv=128)),
+  "int8_everything": (
+    dict(heads=(8, 2, 128), page_size=16, pages_per_slot=20, kv_lens=[9, 300, 0, 16, 65], query_lens=[4, 1, 0, 2, 3])
+    | dict(num_tokens=12, max_query_len=4, local_window_size=230, sinks=SINKS[:1].repeat(8), logits_soft_cap=2.0)
+    | dict(quantised="int8"),
+    {},
+  ),
+  "fp8_page8": (
+    dict(kv_lens=[1, 280], heads=(3, 3, 64), page_size=8, pages_per_slot=40, quantised="float8_e4m3fn"),
+    {},
+  ),
+  "fp8_page256": (
+    dict(kv_lens=[300], heads=(4, 1, 64), page_size=256, pages_per_slot=2, quantised="float8_e5m2"),
+    dict(block_kv=128, lanes=1),
+  ),
   "page256_dim256": (dict(kv_lens=[100, 257], heads=(2, 1, 256), page_size=256, pages_per_slot=2), dict(lanes=1)),
 }
 # With chunks of more query tokens than the decode kernel takes, some as long as their sequence.
@@ -80,8 +94,28 @@ def small_chunks(monkeypatch):
   monkeypatch.setattr(paged_decode_sm90, "ENOUGH_ITEMS", 4)
 
 
+def quantise(call: dict[str, Any], dtype: str) -> dict[str, Any]:
+  """The call with 8-bit pages: int8, or floats that are NaN where no token lies, and scales that are NaN there."""
+  rng = np.random.default_rng(1)
+  for field in ("k", "v"):
+    pool = call[f"{field}_pages"]
+    nobodys = np.isnan(pool[..., 0])
+    if dtype == "int8":
+      pool = np.round(np.nan_to_num(pool, nan=4) * 30)
+    call[f"{field}_pages"] = np.asarray(jnp.asarray(pool, dtype))
+    scales = rng.uniform(0.5, 2.0, pool.shape[:3]) / (30 if dtype == "int8" else 1)
+    call[f"{field}_scales"] = np.where(nobodys, np.nan, scales).astype(np.float32)
+  return call
+
+
+def drawn(quantised: str | None = None, **arguments: Any) -> dict[str, Any]:
+  call = cases.paged_call(**arguments)
+  return call if quantised is None else quantise(call, quantised)
+
+
 def attend(call: dict[str, Any], dtype: Any = jnp.bfloat16, **tiles: int) -> tuple[np.ndarray, np.ndarray]:
-  rounded: dict[str, Any] = {x: np.asarray(jnp.asarray(call[x], dtype)) for x in ("query", "k_pages", "v_pages")}
+  fields = ["query"] if "k_scales" in call else ["query", "k_pages", "v_pages"]
+  rounded: dict[str, Any] = {x: np.asarray(jnp.asarray(call[x], dtype)) for x in fields}
   problem, operands = paged_problem(**call | rounded)
   with mosaic_help.interpreter():
     return mosaic_help.interpreted(
@@ -93,10 +127,10 @@ def attend(call: dict[str, Any], dtype: Any = jnp.bfloat16, **tiles: int) -> tup
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_oracle(name):
   arguments, tiles = CASES[name]
-  call = cases.paged_call(**arguments)
+  call = drawn(**arguments)
   dtype = jnp.float16 if name.endswith("f16") else jnp.bfloat16
   out, lse = attend(call, dtype, **tiles)
-  for field in ("query", "k_pages", "v_pages"):
+  for field in ["query"] if "k_scales" in call else ["query", "k_pages", "v_pages"]:
     call[field] = np.asarray(jnp.asarray(call[field], dtype), np.float32)
   want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
   assert_close(out, want_out)
@@ -247,7 +281,8 @@ def problem_of(page_size=16, dim=64, dtype=jnp.bfloat16, kv_dtype=None, device="
     (problem_of(8, 128, window=100, soft_cap=3.0, has_sinks=True), ""),
     (problem_of(device="cpu"), "it runs on Hopper GPUs such as the H200, not on cpu"),
     (problem_of(dtype=jnp.float32), "it takes bfloat16 and float16, not float32"),
-    (problem_of(kv_dtype=jnp.int8), "it takes pages of the query's dtype, not of int8"),
+    (problem_of(kv_dtype=jnp.int8), ""),
+    (problem_of(dtype=jnp.float16, kv_dtype=jnp.int8), "it takes 8-bit pages with bfloat16 queries, not with float16"),
     (problem_of(scale=-1.0), "it wants a positive scale, not -1.0"),
     (problem_of(dim=96), "it wants head_dim 64, 128 or 256, not 96"),
     (problem_of(4), "it wants a page_size that is a power of two from 8 to 256, not 4"),
@@ -283,6 +318,14 @@ CONFIGURATIONS |= {
     *(8, 256, 8, 32, 8, 128, 4),
     dict(local_window_size=1000, logits_soft_cap=30.0, sinks=jax.ShapeDtypeStruct((32,), jnp.float32)),
   ),
+  **{
+    f"{dtype}-{page}-{dim}": (64, 4096 // page, page, 32, 8, dim, 1, dict(kv_dtype=dtype))
+    for dtype, page, dim in (*(("int8", 16, 128), ("float8_e4m3fn", 8, 64), ("float8_e5m2", 256, 256)),)
+  },
+  "int8-everything": (
+    *(8, 256, 16, 9, 3, 128, 4),
+    dict(local_window_size=1000, logits_soft_cap=30.0, sinks=jax.ShapeDtypeStruct((9,), jnp.float32), kv_dtype="int8"),
+  ),
   "everything-256": (8, 64, 64, 4, 4, 256, 16, dict(local_window_size=300, logits_soft_cap=30.0)),
 }
 # Chunks of more tokens than the decode kernel takes.
@@ -304,7 +347,9 @@ CONFIGURATIONS |= {
 def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, arguments, num_pages=None):
   """The arrays of a call, shapes only, and its other arguments; the pool is three times what is needed."""
   struct = jax.ShapeDtypeStruct
-  pool = struct((num_pages or 3 * batch * pages_per_slot, page_size, kv_heads, dim), jnp.bfloat16)
+  arguments = dict(arguments)
+  kv_dtype = arguments.pop("kv_dtype", None)
+  pool = struct((num_pages or 3 * batch * pages_per_slot, page_size, kv_heads, dim), kv_dtype or jnp.bfloat16)
   arrays = dict(
     query=struct((batch * tokens, heads, dim), jnp.bfloat16),
     k_pages=pool,
@@ -312,6 +357,8 @@ def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, argum
     pages=struct((batch, pages_per_slot), jnp.int32),
     kv_lens=struct((batch,), jnp.int32),
   )
+  if kv_dtype:
+    arrays |= {name: struct(pool.shape[:3], jnp.float32) for name in ("k_scales", "v_scales")}
   if tokens > 1:
     arrays["query_starts"] = struct((batch + 1,), jnp.int32)
   arrays |= {name: x for name, x in arguments.items() if isinstance(x, struct)}

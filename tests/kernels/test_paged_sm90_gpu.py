@@ -27,6 +27,7 @@ class Case(NamedTuple):
   options: dict[str, Any] = {}
   query_lens: list[int] | None = None
   dtype: str = "bfloat16"
+  quantised: str | None = None
 
 
 LENS = [1, 54, 97, 512, 513, 2048, 0, 5000, 16384]
@@ -40,6 +41,13 @@ CASES |= {
   "speculative-256": Case(LENS, (4, 4, 256), 32, {}, [1, 54, 64, 8, 0, 3, 0, 16, 1]),
   "cap1": Case(LENS, (8, 2, 64), options=dict(logits_soft_cap=1.0)),
   "many": Case(LENS * 30, (9, 3, 64)),
+  **{
+    f"{quantised}-{page}-{dim}": Case(LENS, (8, 2, dim), page, quantised=quantised)
+    for quantised in ("int8", "float8_e4m3fn", "float8_e5m2")
+    for page, dim in ((8, 64), (16, 128), (256, 128), (64, 256))
+  },
+  "int8-everything": Case(LENS, (9, 3, 128), 8, EVERYTHING, [1, 4, 2, 8, 0, 3, 0, 16, 1], quantised="int8"),
+  "int8-long": Case([100_000] + [100] * 30, (8, 2, 128), quantised="int8"),
   "long": Case([100_000] + [100] * 30, (8, 2, 128)),
 }
 
@@ -67,18 +75,36 @@ def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
       owned[page, :left] = True
   key = jax.random.key(seed)
   pools = (jax.random.normal(k, (num_pages, size, num_kv_heads, head_dim), case.dtype) for k in jax.random.split(key))
-  k_pages, v_pages = (jnp.where(owned[..., None, None], pool, jnp.nan).astype(case.dtype) for pool in pools)
+  scales = {}
+  if case.quantised:  # NaN, too, wherever no token lies, but for int8, which has none
+    k_pages, v_pages, *both = quantise(case.quantised, jnp.asarray(owned), *pools)
+    scales = dict(zip(("k_scales", "v_scales"), both, strict=True))
+  else:
+    k_pages, v_pages = (jnp.where(owned[..., None, None], pool, jnp.nan).astype(case.dtype) for pool in pools)
   query_lens = case.query_lens or [1] * batch
   tokens = sum(query_lens) + (3 if case.query_lens else 0)
   query = jnp.asarray(rng.standard_normal((tokens, num_heads, head_dim), np.float32), case.dtype)
   lens = jnp.asarray(case.kv_lens, jnp.int32)
-  arrays = dict(query=query, k_pages=k_pages, v_pages=v_pages, pages=jnp.asarray(pages), kv_lens=lens)
+  arrays = dict(query=query, k_pages=k_pages, v_pages=v_pages, pages=jnp.asarray(pages), kv_lens=lens) | scales
   options = dict(max_query_len=max(query_lens)) | case.options
   if case.query_lens:
     arrays["query_starts"] = jnp.asarray(np.cumsum([0, *query_lens]), jnp.int32)
   if options.pop("sinks", None):
     arrays["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
   return arrays, options
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def quantise(dtype: str, owned: jax.Array, *pools: jax.Array) -> list[jax.Array]:
+  """8-bit pools, and their scales for each token and head."""
+  most = {"int8": 127, "float8_e4m3fn": 448, "float8_e5m2": 57344}[dtype]
+  scales = [jnp.abs(pool.astype(jnp.float32)).max(-1) / most for pool in pools]
+  wide = [pool.astype(jnp.float32) / scale[..., None] for pool, scale in zip(pools, scales, strict=True)]
+  if dtype == "int8":
+    wide = [jnp.round(x) for x in wide]
+  else:
+    wide = [jnp.where(owned[..., None, None], x, jnp.nan) for x in wide]
+  return [x.astype(dtype) for x in wide] + [jnp.where(owned[..., None], x, jnp.nan) for x in scales]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,7 +115,8 @@ def ours(options: tuple, arrays: dict[str, Any]):
 @functools.partial(jax.jit, static_argnums=0)
 def wanted(options: tuple, arrays: dict[str, Any]):
   """The definition in float32."""
-  wide = {name: x if x.dtype == jnp.int32 else x.astype(jnp.float32) for name, x in arrays.items()}
+  is_kept = lambda name, x: x.dtype == jnp.int32 or ("pages" in name and "k_scales" in arrays)  # noqa: E731
+  wide = {name: x if is_kept(name, x) else x.astype(jnp.float32) for name, x in arrays.items()}
   with jax.default_matmul_precision("highest"):
     return reference.paged_forward(*paged_problem(**wide, **dict(options)))
 
