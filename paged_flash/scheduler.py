@@ -201,6 +201,8 @@ def plan(
     most = page_table.window_pages(table.window, chunk_size, table.page_size)
     held = jnp.where(runs, cdiv(computed, table.page_size) - first - copies, 0)
     spoken_for = jnp.minimum(spoken_for, most - held)
+  shared = jnp.take_along_axis(pages, jnp.maximum(cdiv(computed, table.page_size) - 1, 0)[:, None], axis=1)[:, 0]
+  spoken_for += waits & copies & (table.ref_counts[shared] == 1)  # its only holder so far will have to copy it too
   free = table.num_free
   blocked = waits & ((take == 0) | (jnp.cumsum(spoken_for) > free))
   starved = jnp.sum(need) > free
@@ -212,7 +214,6 @@ def plan(
   hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted & (jnp.cumsum(spoken_for) > free))
   doomed = jnp.where(hopeless[0], row[0], NOBODY)
   take = jnp.where((runs & served) | admitted, take, 0)
-  need = jnp.where(take > 0, grown(take), 0)
 
   # Back to slot order, and into the table.
   back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
@@ -229,7 +230,7 @@ def plan(
   state_out = sharing.trim(dataclasses.replace(state_out, table=table))  # of what is found, it holds the last window
   table, index, spared = state_out.table, state_out.index, None
   if index is not None:
-    short = jnp.sum(need) - page_table.count_true((table.ref_counts == 0) & ~index.cached)
+    short = jnp.sum(page_table.need(table, take)[0]) - page_table.count_true((table.ref_counts == 0) & ~index.cached)
     index = prefix.evict(index, table, short)
     spared = index.cached
   most = cdiv(token_budget, table.page_size) + 2 * S

@@ -1,7 +1,8 @@
 """The scheduler without a model: a stand-in that writes tokens into pages and reads them back through the table.
 
 The next token of a sequence is a hash of all tokens read from the pages its table names, so a page granted twice,
-shared wrongly, written while shared, or lost in a preemption changes the tokens of some request.
+shared wrongly, written while shared, or lost in a preemption changes the tokens of some request. What every step
+decides is compared with `plan_oracle`.
 """
 
 import functools
@@ -10,7 +11,6 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -18,7 +18,8 @@ from paged_flash import policies, scheduler, step
 from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE
 from paged_flash.requests import Params, rows
-from paged_flash.state import CANCELLED, LENGTH, LIVE, NOBODY, STOP
+from paged_flash.state import LENGTH, LIVE, NOBODY, STOP
+from tests.plan_oracle import Oracle
 
 VOCAB = 50
 submit = jax.jit(scheduler.submit)
@@ -80,6 +81,7 @@ class Server:
     self.budget, self.chunk, self.max_seq_len, self.slots, self.policy = budget, chunk, max_seq_len, slots, policy
     self.contents = np.full((pages, page_size), -1)
     self.asked, self.got, self.ended, self.log = {}, {}, {}, []
+    self.oracle = Oracle(page_size, budget, chunk, policy, cache)
 
   def submit(self, prompt, **params):
     return self.submit_samples(prompt, 1, **params)[0]
@@ -94,9 +96,24 @@ class Server:
     return ids.tolist()
 
   def cancel(self, id):
-    self.state = cancel(self.state, jnp.int32(id))
+    before = self.state
+    self.state = cancel(before, jnp.int32(id))
+    self.oracle.cancel(before, self.state)
     self.check()
     self.asked.pop(id, None)
+
+  def cached(self, state):
+    return set() if state.index is None else set(np.flatnonzero(state.index.cached).tolist())
+
+  def kept(self):
+    """All there is, to go on from later or to go back to: the state is a value, the rest is copied."""
+    got = {id: list(tokens) for id, tokens in self.got.items()}
+    return self.state, self.contents.copy(), dict(self.asked), got, dict(self.ended), self.oracle.copy()
+
+  def go_back(self, kept):
+    self.state, contents, asked, got, ended, oracle = kept
+    self.contents, self.oracle = contents.copy(), oracle.copy()
+    self.asked, self.ended, self.got = dict(asked), dict(ended), {id: list(tokens) for id, tokens in got.items()}
 
   def check(self):
     page_table.check(self.state.table)
@@ -108,10 +125,14 @@ class Server:
   def step(self):
     before = self.state
     frozen = jax.tree.map(np.array, before)
+    wanted = self.oracle.plan(before)
     state, plan = planner(self.budget, self.chunk, self.policy)(before)
     page_table.check(state.table)
     if state.index is not None:
       prefix.check(state.index, state.table)
+    got = {name: np.asarray(getattr(plan, name)).tolist() for name in wanted if name != "library"}
+    got["library"] = self.cached(state)
+    assert got == wanted, {name: (got[name], wanted[name]) for name in wanted if got[name] != wanted[name]}
     scheduled = np.asarray(plan.scheduled)
     assert scheduled.sum() <= self.budget and (scheduled <= (self.chunk or self.budget)).all()
     packed = packer(None if bool(plan.decode_only) else self.budget)(state, plan)
@@ -130,6 +151,8 @@ class Server:
       read = self.contents[np.asarray(state.table.pages[slot])].reshape(-1)[: int(packed.kv_lens[slot])]
       tokens[slot] = next_token(read)
     self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(self.slots))
+    self.oracle.commit(state, plan, self.state)
+    assert self.cached(self.state) == set(self.oracle.library.values())
     self.check()
     jax.tree.map(np.testing.assert_array_equal, before, frozen)  # the old state is still what it was
     for slot in np.flatnonzero(np.asarray(events.ids) != NOBODY):
@@ -161,89 +184,6 @@ class Server:
 
 def prompt_of(n, seed=0):
   return np.random.default_rng(seed).integers(1, VOCAB, n).tolist()
-
-
-def test_short_prompts_all_start_in_the_first_step():
-  server = Server(slots=10, pages=40, budget=64)
-  for i in range(10):
-    server.submit(prompt_of(3, i), max_tokens=4)
-  plan, events = server.step()
-  assert plan.scheduled.tolist() == [3] * 10 and int(events.num_waiting) == 0
-  server.finish()
-
-
-def test_token_budget_is_shared_in_order_of_arrival():
-  server = Server(slots=4, pages=256, page_size=16, budget=1024, chunk=400, max_seq_len=1024)
-  for i in range(3):
-    server.submit(prompt_of(800, i), max_tokens=2)
-  assert [server.step()[0].scheduled.tolist() for _ in range(3)] == [
-    [400, 400, 224, 0],
-    [400, 400, 224, 0],
-    [1, 1, 352, 0],
-  ]
-  server.finish()
-
-
-def test_a_long_request_is_not_overtaken():
-  server = Server(slots=2, pages=8)
-  first = server.submit(prompt_of(20), max_tokens=4)
-  long = server.submit(prompt_of(24, 1), max_tokens=4)  # six pages, and only three are not spoken for
-  short = server.submit(prompt_of(2, 2), max_tokens=2)
-  server.finish()
-  order = [int(id) for _, events in server.log for id in events.ids if id != NOBODY]
-  assert order.index(first) < order.index(long) < order.index(short)
-
-
-def test_the_last_to_arrive_is_preempted_and_resumes():
-  server = Server(slots=2, pages=10, page_size=4, budget=16, max_seq_len=40)
-  a = server.submit(prompt_of(19, 1), max_tokens=20)
-  b = server.submit(prompt_of(15, 2), max_tokens=20)
-  server.finish()
-  lost = [int(id) for _, events in server.log for id in events.preempted if id != NOBODY]
-  assert lost and set(lost) == {b}
-  row = server.state.arrival.tolist().index(b)
-  assert int(server.state.preemptions[row]) == len(lost)
-  assert server.ended == {a: LENGTH, b: LENGTH}
-
-
-def test_nobody_is_preempted_while_there_is_room():
-  server = Server(pages=64, budget=16)
-  for i in range(4):
-    server.submit(prompt_of(9, i), max_tokens=16)
-  server.finish()
-  assert not any((events.preempted != NOBODY).any() for _, events in server.log)
-
-
-def test_a_request_stops_at_the_right_token_and_its_pages_are_free_in_that_step():
-  prompt = prompt_of(5)
-  out, _ = expected(prompt, Params(max_tokens=12))
-  server = Server()
-  server.submit(prompt, max_tokens=12, stop_ids=[out[3]])
-  server.finish()
-  assert server.got[0] == out[: out.index(out[3]) + 1] and server.ended[0] == STOP
-  server.submit(prompt, max_tokens=12, min_tokens=6, stop_ids=[out[3]])
-  server.finish()
-  assert len(server.got[1]) >= 6
-  server = Server()
-  server.submit(prompt, max_tokens=1)
-  server.step()
-  _, events = server.log[-1]
-  assert int(events.finish[0]) == LENGTH and int(server.state.table.num_free) == 16
-
-
-def test_cancel_waiting_and_running():
-  server = Server(slots=2, pages=8)
-  running, waiting, last = (server.submit(prompt_of(8, i), max_tokens=9) for i in range(3))
-  server.step()
-  held = int(server.state.table.num_free)
-  server.cancel(running)
-  assert int(server.state.table.num_free) == 8 > held
-  server.cancel(waiting)
-  server.cancel(99)
-  server.cancel(NOBODY)
-  assert server.state.finish[:3].tolist() == [CANCELLED, CANCELLED, LIVE]
-  server.finish()
-  assert server.ended == {last: LENGTH}
 
 
 def test_cancel_can_cut_an_output_that_has_ended():
@@ -283,21 +223,11 @@ def test_what_the_pool_can_never_hold_is_ended_and_blocks_nobody():
   assert server.got[good] == expected(*server.asked[good])[0]
 
 
-@pytest.mark.parametrize(
-  "shape", [(1, 24, 1, 3, None), (3, 9, 3, 4, 2), (6, 24, 4, 30, None)], ids=lambda shape: "-".join(map(str, shape))
-)
-def test_tokens_do_not_depend_on_pages_slots_or_chunks(shape):
-  slots, pages, page_size, budget, chunk = shape
-  server = Server(slots=slots, pages=pages, page_size=page_size, budget=budget, chunk=chunk, max_seq_len=24)
-  lens, most = [1, 15, 5, 9, 14, 2], [9, 8, 8, 1, 7, 9]
-  for i, (n, m) in enumerate(zip(lens, most, strict=True)):
-    server.submit(prompt_of(n, i), max_tokens=m)
-  server.finish()
-  assert len(server.ended) == len(lens)
-
-
 class SchedulerMachine(RuleBasedStateMachine):
-  """Submit, sample, cancel and step in any order, on a pool that cannot satisfy everyone."""
+  """Submit, sample, cancel, step, keep and go back in any order, on a pool that cannot satisfy everyone.
+
+  Every step is compared with what lists and dictionaries say it must be, every token with what is read through pages.
+  """
 
   @initialize(
     shape=strategies.sampled_from([(3, 6, 4, 8, None), (4, 8, 3, 5, 2), (2, 6, 1, 4, None)]),
@@ -317,6 +247,7 @@ class SchedulerMachine(RuleBasedStateMachine):
       policy=policy,
     )
     self.prompts = [[]]
+    self.kept = self.server.kept()
 
   @rule(data=strategies.data())
   def submit(self, data):
@@ -340,6 +271,14 @@ class SchedulerMachine(RuleBasedStateMachine):
   def steps(self, n):
     for _ in range(n):
       self.server.step()
+
+  @rule()
+  def keep(self):
+    self.kept = self.server.kept()
+
+  @rule()
+  def go_back(self):
+    self.server.go_back(self.kept)
 
   def teardown(self):
     if hasattr(self, "server"):
