@@ -24,6 +24,7 @@ from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE, cdiv
 from paged_flash.experiment import Workdir, main, write_result
 from paged_flash.state import LIVE, NOBODY, Requests, State, blank
+from paged_flash.step import pack
 
 KINDS = ("submit", "step", "cancel", "keep", "go_back")
 FAULTS = (
@@ -181,7 +182,7 @@ def step(config: Config, policy: scheduler.Policy, world: World) -> tuple[World,
   copies = plan.copies
   copied = jnp.where(copies.dst == NO_PAGE, N, copies.dst)
   pool = world.pool.at[copied].set(world.pool[copies.src], mode="drop")
-  packed = scheduler.pack(state, plan, config.token_budget)
+  packed = pack(state, plan, config.token_budget)
   page = jnp.where(packed.pages == NO_PAGE, N, packed.pages)
   pool = pool.at[page, packed.offsets].set(packed.tokens, mode="drop")
   shared = jnp.sum((packed.pages != NO_PAGE) & (state.table.ref_counts[packed.pages] != 1))
@@ -196,7 +197,7 @@ def step(config: Config, policy: scheduler.Policy, world: World) -> tuple[World,
 
   state, events = scheduler.commit(state, plan, said, jnp.zeros(S))
   assert before.index is not None and state.index is not None
-  new = dict(
+  new: dict[str, jax.Array] = dict(
     admitted=jnp.sum(events.admitted != NOBODY),
     found_tokens=jnp.sum(events.cached),
     copies=jnp.sum(copies.dst != NO_PAGE),
@@ -204,7 +205,7 @@ def step(config: Config, policy: scheduler.Policy, world: World) -> tuple[World,
     ended=jnp.sum(events.finish != LIVE) + (events.ended != NOBODY),
     evicted=jnp.sum(before.index.cached & ~state.index.cached),
   )
-  counts = world.counts + jnp.stack([new.get(name, jnp.int32(0)) for name in COUNTS])
+  counts = world.counts + jnp.stack([new[name] if name in new else jnp.int32(0) for name in COUNTS])
   return world._replace(state=state, pool=pool, counts=counts), jnp.stack([shared, foreign])
 
 

@@ -81,7 +81,8 @@ class Oracle:
       first = self.fellow(row)
       return first not in (NOBODY, row) and self.live[first] and self.num_tokens[first] == self.prompts[first]
 
-    rows, computed, take, copies, pages = [[x] * S for x in (NOBODY, 0, 0, False, None)]
+    rows, computed, take, copies = [NOBODY] * S, [0] * S, [0] * S, [False] * S
+    pages: list[list[int]] = [[] for _ in range(S)]
     queue = [r for r, live in enumerate(self.live) if live and r not in self.running and not held_until(r)]
     queue.sort(key=order)
     runs = sorted((s for s in range(S) if self.running[s] != NOBODY), key=lambda s: order(self.running[s]))

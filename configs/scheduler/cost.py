@@ -1,9 +1,11 @@
-"""Scheduling on the CPU takes under a millisecond for 256 running requests over 16k pages.
+"""Scheduling takes under 2 ms on two CPU cores and under 100 us of GPU time for 256 running requests over 65k pages.
 
     python -m experiments.scheduler --config=configs/scheduler/cost.py
 
-`plan + commit` in one program, every slot decoding, pages granted as the sequences grow. Expected: under 1 ms at 256
-slots on two cores. For orientation, vLLM 0.24's scheduler took 1.8 ms at 256 running requests on such a machine.
+`plan + commit` in one program, every slot decoding, pages granted, filled and entered into the prefix index as the
+sequences grow. One dispatch a step, as the host driver does, which keeps every state; and many steps in one loop, as
+the device driver does. Where there is a GPU, its kernels are timed too. For orientation, vLLM 0.24's scheduler took
+1.8 ms at 256 running requests on such a CPU.
 """
 
 import dataclasses
@@ -14,10 +16,7 @@ from paged_flash.experiment import choose
 
 def get_config(variant: str = "full") -> Config:
   full = Config()
-  return choose(
-    variant,
-    full=full,
-    smoke=dataclasses.replace(
-      full, num_slots=(4,), num_pages=64, page_size=4, prompt_len=20, repeats=5, token_budget=16
-    ),
+  smoke = dataclasses.replace(
+    full, num_slots=(4,), prefix_cache=(True,), num_pages=64, page_size=4, prompt_len=20, max_seq_len=64, repeats=5
   )
+  return choose(variant, full=full, smoke=dataclasses.replace(smoke, token_budget=16, loop=4))

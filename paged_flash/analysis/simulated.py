@@ -28,7 +28,8 @@ def show_memory_split(rows: Sequence[Row]) -> Picture:
   """Draws how the memory of a loaded server is divided: a bar for each allocator.
 
   Args:
-    rows: "allocator", and a share for each of `PARTS`.
+    rows: "allocator", a share for each of `PARTS`, and if there is one "paper_used", a published share that holds
+      tokens, which is marked.
 
   Raises:
     ValueError: if there are no rows.
@@ -47,12 +48,18 @@ def show_memory_split(rows: Sequence[Row]) -> Picture:
           ink = "white" if part in ("used", "rounding") else "#1f2933"
           ax.text(start + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
     left += shares
+  theirs = [(row["paper_used"], place) for row, place in zip(rows, places, strict=True) if row.get("paper_used")]
+  if theirs:
+    ax.plot(*zip(*theirs, strict=True), "|", color="#1f2933", ms=22, mew=2, label="holds tokens, in the paper")
   ax.set_yticks(places, [row["allocator"] for row in rows])
   ax.invert_yaxis()
   ax.set(xlim=(0, 1), xlabel="share of the KV memory, while requests wait")
   ax.xaxis.set_major_formatter(PercentFormatter(1))
   ax.spines[["top", "right", "left"]].set_visible(False)
-  figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+  handles, labels = ax.get_legend_handles_labels()
+  last = len(theirs) > 0  # lines come first among the handles
+  handles, labels = handles[last:] + handles[:last], labels[last:] + labels[:last]
+  figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5, markerscale=0.5)
   return figure
 
 
@@ -60,7 +67,8 @@ def show_rates(rows: Sequence[Row]) -> Picture:
   """Draws normalised latency and mean batch over the request rate, a line for each allocator.
 
   Args:
-    rows: "allocator", "rate" in requests/s, "normalised_latency" in s/token, "mean_running".
+    rows: "allocator", "rate" in requests/s, "normalised_latency" in s/token, "mean_running", and if there is one
+      "paper_batch", a published mean batch, which is marked.
 
   Raises:
     ValueError: if there are no rows.
@@ -75,8 +83,15 @@ def show_rates(rows: Sequence[Row]) -> Picture:
     wide = 2.2 if name.startswith(_OURS) else 1.5
     latency.plot(rate, seconds, "o-", ms=3.5, color=colour, label=name, lw=wide)
     batch.plot(rate, running, "o-", ms=3.5, color=colour, lw=wide)
-  least = min(row["normalised_latency"] for row in rows)
-  latency.set(ylim=(0, max(1.0, 3 * least)), ylabel="normalised latency, s per output token")
+    theirs = [(r["rate"], r["paper_batch"]) for r in rows if r["allocator"] == name and r.get("paper_batch")]
+    batch.plot(*np.transpose(theirs or [(np.nan, np.nan)]), "*", ms=11, color=colour, mec="#1f2933", mew=0.8)
+  if any(row.get("paper_batch") for row in rows):
+    batch.plot([], [], "*", ms=11, color="white", mec="#1f2933", label="in the paper")
+  top = max(1.0, 3 * min(row["normalised_latency"] for row in rows))
+  latency.set(ylim=(0, top), ylabel="normalised latency, s per output token")
+  unseen = [n for n in _colours(rows) if all(r["normalised_latency"] > top for r in rows if r["allocator"] == n)]
+  if unseen:
+    latency.text(0.02, 0.96, f"{', '.join(unseen)}: above", transform=latency.transAxes, va="top", fontsize=8.5)
   batch.set(ylabel="requests in the batch, mean")
   batch.set_ylim(bottom=0)
   for ax in (latency, batch):
