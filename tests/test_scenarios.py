@@ -219,7 +219,7 @@ def test_scenario_20_slots_are_granted_in_order_and_given_back_once():
 
 
 def test_scenario_22_ten_short_prompts_all_start_in_the_first_step():
-  server = Server(slots=10, pages=40, budget=64)
+  server = Server(slots=10, pages=40, budget=64, cache=False)
   for i in range(10):
     server.submit(prompt_of(3, i), max_tokens=4)
   plan, events = server.step()
@@ -229,7 +229,7 @@ def test_scenario_22_ten_short_prompts_all_start_in_the_first_step():
 
 
 def test_scenario_23_the_token_budget_is_shared_in_order_of_arrival():
-  server = Server(slots=4, pages=256, page_size=16, budget=1024, chunk=400, max_seq_len=1024)
+  server = Server(slots=4, pages=256, page_size=16, budget=1024, chunk=400, max_seq_len=1024, cache=False)
   for i in range(3):
     server.submit(prompt_of(800, i), max_tokens=2)
   assert [server.step()[0].scheduled.tolist() for _ in range(3)] == [

@@ -1,4 +1,4 @@
-"""Scheduling takes under 2 ms on two CPU cores and under 100 us of GPU time for 256 running requests over 65k pages.
+"""Scheduling on the CPU takes under 2 ms for 256 running requests over 65k pages, and under 100 us of kernels on a GPU.
 
     python -m experiments.scheduler --config=configs/scheduler/cost.py
 
