@@ -84,7 +84,8 @@ def show_rates(rows: Sequence[Row]) -> Picture:
     latency.plot(rate, seconds, "o-", ms=3.5, color=colour, label=name, lw=wide)
     batch.plot(rate, running, "o-", ms=3.5, color=colour, lw=wide)
     theirs = [(r["rate"], r["paper_batch"]) for r in rows if r["allocator"] == name and r.get("paper_batch")]
-    batch.plot(*np.transpose(theirs or [(np.nan, np.nan)]), "*", ms=11, color=colour, mec="#1f2933", mew=0.8)
+    if theirs:
+      batch.plot(*np.transpose(theirs), "*", ms=11, color=colour, mec="#1f2933", mew=0.8)
   if any(row.get("paper_batch") for row in rows):
     batch.plot([], [], "*", ms=11, color="white", mec="#1f2933", label="in the paper")
   top = max(1.0, 3 * min(row["normalised_latency"] for row in rows))

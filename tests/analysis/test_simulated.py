@@ -37,6 +37,22 @@ def test_rates_are_a_line_for_each_allocator():
   assert np.asarray(batch.lines[0].get_ydata()).tolist() == [10, 20]
 
 
+def test_published_numbers_are_marked():
+  split = dict(zip(PARTS, (0.2, 0.1, 0.5, 0, 0.2, 0), strict=True))
+  figure = show_memory_split([dict(allocator="max", paper_used=0.25, **split), dict(allocator="paged", **split)])
+  (line,) = figure.axes[0].lines
+  assert np.asarray(line.get_xydata()).tolist() == [[0.25, 0]]
+  assert figure.legends[0].get_texts()[-1].get_text() == "holds tokens, in the paper"
+  rows = [
+    dict(allocator="max", rate=2.0, normalised_latency=9.0, mean_running=7.0, paper_batch=None),
+    dict(allocator="paged", rate=2.0, normalised_latency=0.1, mean_running=30.0, paper_batch=30.42),
+  ]
+  latency, batch = show_rates(rows).axes
+  stars = [line for line in batch.lines if line.get_marker() == "*" and len(np.asarray(line.get_xdata()))]
+  assert [np.asarray(line.get_xydata()).tolist() for line in stars] == [[[2.0, 30.42]]]
+  assert [text.get_text() for text in latency.texts] == ["max: above"]
+
+
 def test_page_sizes_leave_contiguous_rows_out():
   rows = [dict(trace="t", page_size=size, waste=size / 100, loaded_running=40 - size) for size in (0, 16, 1)]
   waste, batch = show_page_sizes(rows).axes
