@@ -31,6 +31,9 @@ def supports(problem: Problem, stage: str = "forward") -> str:
     return f"it wants a page_size that is a power of two from 8 to 256, not {p.page_size}"
   if p.num_heads // p.num_kv_heads > paged_decode_sm90.ROWS:
     return f"it wants at most 64 query heads for each KV head, not {p.num_heads // p.num_kv_heads}"
+  most = paged_decode_sm90.max_tokens(p)
+  if p.has_scales and p.max_query_len > most:
+    return f"it takes 8-bit pages with max_query_len up to {most} with these heads, not {p.max_query_len}"
   return ""
 
 

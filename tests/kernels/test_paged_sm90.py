@@ -283,6 +283,10 @@ def problem_of(page_size=16, dim=64, dtype=jnp.bfloat16, kv_dtype=None, device="
     (problem_of(dtype=jnp.float32), "it takes bfloat16 and float16, not float32"),
     (problem_of(kv_dtype=jnp.int8), ""),
     (problem_of(dtype=jnp.float16, kv_dtype=jnp.int8), "it takes 8-bit pages with bfloat16 queries, not with float16"),
+    (
+      problem_of(kv_dtype=jnp.int8, max_query_len=17),
+      "it takes 8-bit pages with max_query_len up to 16 with these heads, not 17",
+    ),
     (problem_of(scale=-1.0), "it wants a positive scale, not -1.0"),
     (problem_of(dim=96), "it wants head_dim 64, 128 or 256, not 96"),
     (problem_of(4), "it wants a page_size that is a power of two from 8 to 256, not 4"),
