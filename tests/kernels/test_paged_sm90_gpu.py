@@ -51,6 +51,26 @@ CASES |= {
   "long": Case([100_000] + [100] * 30, (8, 2, 128)),
 }
 
+# Chunks of a prompt, whole prompts, and decode tokens between them.
+CHUNKS: dict[str, Any] = dict(kv_lens=[3000, 1, 700, 0, 2048, 300, 129], query_lens=[1500, 1, 700, 0, 70, 100, 129])
+CASES |= {
+  f"chunks-page{page}-{dim}": Case(**CHUNKS, heads=(8, 2, dim), page_size=page)
+  for page, dim in ((8, 128), (16, 128), (128, 128), (256, 128), (8, 64), (64, 64), (8, 256), (64, 256))
+}
+CASES |= {
+  f"chunks-group{group}": Case(**CHUNKS, heads=(2 * group, 2, 64), dtype="float16") for group in (1, 3, 7, 20, 64)
+}
+CASES |= {
+  f"chunks-window-{dim}": Case(**CHUNKS, heads=(8, 2, dim), options=dict(local_window_size=200))
+  for dim in (64, 128, 256)
+}
+CASES |= {
+  "chunks-everything": Case(**CHUNKS, heads=(9, 3, 128), page_size=8, options=EVERYTHING),
+  "chunks-everything-256": Case(**CHUNKS, heads=(4, 4, 256), page_size=32, options=EVERYTHING),
+  "chunks-mixed": Case([4000] * 40 + [900, 50, 1500], (9, 3, 64), query_lens=[1, 2] * 20 + [512, 33, 44]),
+  "chunks-of-decode": Case([100, 200, 300], (8, 2, 128), options=dict(max_query_len=100), query_lens=[1, 1, 1]),
+}
+
 
 @pytest.fixture(autouse=True)
 def needs_hopper():
@@ -171,9 +191,24 @@ def test_who_computes_makes_no_difference(name):
       assert (x == y).all()
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_chunk_does_not_depend_on_its_batch(dim):
+  arrays, options = drawn(Case(**CHUNKS, heads=(8, 2, dim)))
+  options = tuple(options.items())
+  out, lse = ours(options, arrays)
+  starts = np.asarray(arrays["query_starts"])
+  for b in (0, 2, 4, 6):
+    tokens = slice(starts[b], starts[b + 1])
+    alone = arrays | {field: arrays[field][b : b + 1] for field in ("pages", "kv_lens")}
+    alone |= dict(query=arrays["query"][tokens], query_starts=jnp.asarray([0, starts[b + 1] - starts[b]], jnp.int32))
+    out_alone, lse_alone = ours(options, alone)
+    assert (out_alone == out[tokens]).all() and (lse_alone == lse[tokens]).all()
+
+
+@pytest.mark.parametrize("query_lens", [None, [400, 1, 100]])
 @pytest.mark.parametrize("page_size", [8, 16, 64])
-def test_where_pages_lie_makes_no_difference(page_size):
-  arrays, options = drawn(Case([3000, 100, 700], (8, 2, 128), page_size))
+def test_where_pages_lie_makes_no_difference(page_size, query_lens):
+  arrays, options = drawn(Case([3000, 100, 700], (8, 2, 128), page_size, query_lens=query_lens))
   options = tuple(options.items())
   ids = arrays["pages"].clip(0, arrays["k_pages"].shape[0] - 1)
   in_order = arrays | {field: arrays[field][ids.ravel()] for field in ("k_pages", "v_pages")}
@@ -182,9 +217,10 @@ def test_where_pages_lie_makes_no_difference(page_size):
     assert (x == y).all()
 
 
-def test_a_pool_of_more_than_2_31_elements():
+@pytest.mark.parametrize("query_lens", [None, [400, 1, 100]])
+def test_a_pool_of_more_than_2_31_elements(query_lens):
   """The pages in use are the last ones."""
-  small, options = drawn(Case([3000, 100, 700], (8, 8, 128)))
+  small, options = drawn(Case([3000, 100, 700], (8, 8, 128), query_lens=query_lens))
   options = tuple(options.items())
   pad = 2**31 // small["k_pages"][0].size
   big = {field: jnp.pad(small[field], ((pad, 0), (0, 0), (0, 0), (0, 0))) for field in ("k_pages", "v_pages")}
@@ -192,8 +228,9 @@ def test_a_pool_of_more_than_2_31_elements():
     assert (x == y).all()
 
 
-def test_ten_thousand_repeats():
-  arrays, options = drawn(Case(LENS[:6], (8, 2, 128)))
+@pytest.mark.parametrize("case", [Case(LENS[:6], (8, 2, 128)), CASES["chunks-page16-128"]], ids=["decode", "chunks"])
+def test_ten_thousand_repeats(case):
+  arrays, options = drawn(case)
   options = tuple(options.items())
   first = ours(options, arrays)
 
