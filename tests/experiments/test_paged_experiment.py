@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import paged_attention
+from experiments.claims import Claim
 from experiments.comparison import Measured
 from experiments.paged_cases import Case, expect, make_inputs, quantisation_error, worst_error
 from experiments.peers.paged_attention import PEERS, Peer, gather, ours, out, own_pool, paged
@@ -187,6 +188,27 @@ def test_the_best_peer_is_right_and_not_one_of_ours():
   assert (row["best_peer"], row["ratio"], row["overhead"]) == ("cuDNN, contiguous", 0.75, 1.0)
   assert row["ordered_by_ours"] == 0.5 and row["fa3_us"] is None and row["ceiling_tbs"] == pytest.approx(0.2)
   assert row["of_ceiling"] == pytest.approx(SMALL.kv_bytes("float32") / 4e-3 / 0.2e12)
+
+
+def test_the_price_of_pages_and_of_their_size():
+  page32, longer = (dataclasses.replace(SMALL, **f) for f in (dict(page_size=32), dict(context=40, page_size=16)))
+  done = [
+    Measured(case, stage, peer, seconds)
+    for case, stage, ours, ordered in (
+      (SMALL, "repeated", 9e-3, 1e-3),
+      (SMALL, "rotated", 4e-3, 3.2e-3),
+      (page32, "repeated", 2e-3, 2e-3),
+      (longer, "repeated", 1e-3, 1e-3),
+    )
+    for peer, seconds in (("ours", ours), ("ours_ordered", ordered))
+  ]
+  price = Claim(number="13a", claim="", source="", theirs="")
+  assert paged_attention.judged(price, done)["ours"].startswith("+0.0% to +25.0% over 3 cases")
+  assert paged_attention.judged(price, done)["verdict"] == "reproduced"
+  assert paged_attention.judged(price, done[:2])["verdict"] == "not reproduced"  # 9 against 1
+  size = dataclasses.replace(price, number="13b")
+  assert paged_attention.judged(size, done)["ours"] == "time by the fastest: 2.00 at 8, 1.00 at 32"
+  assert paged_attention.judged(size, done[4:6])["verdict"] == "not reproduced"
 
 
 def test_a_case_without_room_says_so_and_the_next_one_runs(monkeypatch, tmp_path: pathlib.Path):
