@@ -63,6 +63,7 @@ class EngineConfig:
   max_seq_len: int | None = None
   token_budget: int = 64
   chunk_size: int | None = None
+  num_proposed: int = 0  # tokens proposed for each slot in a step: speculative decoding
   kv_dtype: str | None = None
   implementation: str | None = None
 

@@ -34,7 +34,7 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
   on_gpu = jax.default_backend() == "gpu"
   out = []
   for cache, num_slots in itertools.product(config.prefix_cache, config.num_slots):
-    tokens, logprobs = jnp.ones(num_slots, jnp.int32), jnp.zeros(num_slots)
+    tokens, logprobs = jnp.ones((num_slots, 1), jnp.int32), jnp.zeros((num_slots, 1))
 
     def once(state, tokens=tokens, logprobs=logprobs):
       state, plan = scheduler.plan(state, token_budget=config.token_budget)

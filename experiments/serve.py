@@ -203,6 +203,8 @@ def record(engine: Engine, requests: Sequence[tuple[list[int], Params]], events:
     reserved=len(runs) * cdiv(engine.max_seq_len, engine.page_size),
     reserved_own_tokens=sum(len(ids) + params.max_tokens for ids, params in runs),
     preempted=len(events.preempted),
+    proposed=sum(events.proposed.values()),
+    accepted=sum(events.accepted.values()),
     slots=list(events.running),
   )
 
@@ -228,6 +230,8 @@ def summarize(engine: Engine, records: Sequence[dict[str, Any]], completions: Se
     pages_mean=float(np.mean(held)),
     prefix_pages_shared=max(line["shared"] for line in records),
     preemptions=sum(line["preempted"] for line in records),
+    proposed=sum(line["proposed"] for line in records),
+    accepted=sum(line["accepted"] for line in records),
   )
 
 
@@ -273,6 +277,7 @@ def table(summary: dict[str, Any], memory: Sequence[dict[str, Any]]) -> str:
     ("steps", f"{s['steps']}, {s['preemptions']} preemptions"),
     ("pages in use", f"{s['pages_peak']} at most, {s['pages_mean']:.1f} on average"),
     ("prefix pages shared", f"{s['prefix_pages_shared']}"),
+    *([("proposed tokens accepted", f"{s['accepted']:,} of {s['proposed']:,}")] if s["proposed"] else []),
     ("load, compile, serve", " + ".join(f"{s[k]:.1f} s" for k in ("load_seconds", "compile_seconds", "seconds"))),
   ]
   lines = [f"{name:<22}{value}" for name, value in rows]

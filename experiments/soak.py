@@ -195,7 +195,7 @@ def step(config: Config, policy: scheduler.Policy, world: World) -> tuple[World,
   said = jnp.sum(jnp.where(seen, read.astype(jnp.uint32) * place, 0), axis=1, dtype=jnp.uint32)
   said = 1 + ((said ^ (said >> 15)) % (_VOCAB - 1)).astype(jnp.int32)
 
-  state, events = scheduler.commit(state, plan, said, jnp.zeros(S))
+  state, events = scheduler.commit(state, plan, said[:, None], jnp.zeros((S, 1)))
   assert before.index is not None and state.index is not None
   new: dict[str, jax.Array] = dict(
     admitted=jnp.sum(events.admitted != NOBODY),

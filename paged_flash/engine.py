@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from paged_flash import scheduler
+from paged_flash import scheduler, speculation
 from paged_flash import step as pure
 from paged_flash.cache import kv_pages, page_table, prefix
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import cdiv
 from paged_flash.models import Model
 from paged_flash.requests import Completion, Counter, Events, Params, Prompt, StopWatch, checked, encode, for_host, rows
+from paged_flash.speculation import Proposer
 from paged_flash.state import NOBODY, STOP, State
 
 _SUBMIT_BATCH = 32  # requests queued per dispatch
@@ -54,6 +55,9 @@ class Engine:
     queue_size: requests kept, waiting, running or ended.
     prefix_cache: requests that start alike share the pages of it, those of requests that ended included.
     policy: who comes first; one of `paged_flash.policies`, or a function of your own.
+    num_proposed: tokens proposed for each slot in a step, to be checked together (`paged_flash.speculation`); 0 for
+      none. The tokens that come are the same.
+    proposer: what proposes them; by default what followed the last tokens where they stood before.
     steps_per_dispatch: steps that `run` makes in one program at most.
     kv_dtype: of the pool; None for the model's.
     implementation: of `paged_attention`; None for the first that supports it.
@@ -90,6 +94,8 @@ class Engine:
     queue_size: int = 256,
     prefix_cache: bool = True,
     policy: scheduler.Policy = scheduler.first_come,
+    num_proposed: int = 0,
+    proposer: Proposer = speculation.lookup,
     steps_per_dispatch: int = 32,
     kv_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
@@ -102,6 +108,8 @@ class Engine:
     for name, size in (sizes | dict(steps_per_dispatch=steps_per_dispatch)).items():
       if size is not None and size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
+    if num_proposed < 0:
+      raise ValueError(f"num_proposed must be at least 0, got {num_proposed}")
     page_bytes = page_size * c.kv_values_per_token * dtype.itemsize
     if (num_pages is None) == (memory_bytes is None):
       raise ValueError(f"give either num_pages or memory_bytes, got {num_pages=} and {memory_bytes=}")
@@ -135,17 +143,15 @@ class Engine:
       chunk_size=chunk_size,
       implementation=implementation,
       policy=policy,
+      num_proposed=num_proposed,
+      proposer=proposer,
     )
     self._step = jax.jit(functools.partial(pure.step, model, settings), donate_argnames="kv")
     run = functools.partial(pure.run, model, settings, most=steps_per_dispatch)
     self._run = jax.jit(run, donate_argnames="kv")
     # For `history`: what a step would do, and the K and V of what a plan says to compute.
     self.settings = settings
-    self.plan = jax.jit(
-      functools.partial(
-        scheduler.plan, token_budget=token_budget, chunk_size=settings.chunk_size, policy=settings.policy
-      )
-    )
+    self.plan = jax.jit(functools.partial(pure.plan, settings))
     fill = functools.partial(pure.compute, model, settings, num_tokens=token_budget)
     self.fill = jax.jit(fill, donate_argnames="kv")
 

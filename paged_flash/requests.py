@@ -86,6 +86,9 @@ class Events:
   ended: tuple[int, ...]  # requests that ended without a token, because the pool can never hold them
   admitted: Mapping[int, int]  # requests that got a slot, with the tokens that they need not compute
   preempted: Mapping[int, int]  # requests that lost their slot, with the tokens that they had computed
+  proposed: Mapping[int, int]  # requests for which tokens were proposed (`speculation`), and how many
+  accepted: Mapping[int, int]  # how many of these they got: tokens beyond the one that was due
+  cut: Mapping[int, tuple[int, ...]]  # tokens computed after a stop string and thrown away
   num_scheduled: int  # tokens computed
   running: tuple[int, ...]  # the request in each slot; -1 for an empty slot
   num_waiting: int
@@ -110,6 +113,9 @@ class Events:
       ended=tuple(names[id] for id in self.ended),
       admitted={names[id]: n for id, n in self.admitted.items()},
       preempted={names[id]: n for id, n in self.preempted.items()},
+      proposed={names[id]: n for id, n in self.proposed.items()},
+      accepted={names[id]: n for id, n in self.accepted.items()},
+      cut={names[id]: ids for id, ids in self.cut.items()},
     )
 
   def __iter__(self) -> Iterator[Event]:
@@ -334,35 +340,36 @@ def for_host(
   stops, cuts, out = dict(stops), {}, []
   for step in steps:
     tokens = []
+    cut: dict[int, tuple[int, ...]] = {}
     for slot in np.flatnonzero(step.ids >= 0):
-      id, token, finish = int(step.ids[slot]), int(step.tokens[slot]), int(step.finish[slot])
-      if id in cuts:
-        continue
-      if id in stops and tokenizer is not None:
-        stops[id], found = stops[id].push(token, tokenizer)
-        if found and finish != STOP:
-          finish, cuts[id] = STOP, stops[id].num_tokens
-      if finish != LIVE:
-        stops.pop(id, None)
-      tokens.append(Event(id, token, finish != LIVE, float(step.logprobs[slot]), FINISH_NAMES[finish]))
+      id, count = int(step.ids[slot]), int(step.counts[slot])
+      for k in range(count):
+        token, finish = int(step.tokens[slot, k]), int(step.finish[slot]) if k + 1 == count else LIVE
+        if id in cuts:
+          cut[id] = (*cut.get(id, ()), token)
+          continue
+        if id in stops and tokenizer is not None:
+          stops[id], found = stops[id].push(token, tokenizer)
+          if found and finish != STOP:
+            finish, cuts[id] = STOP, stops[id].num_tokens
+        if finish != LIVE:
+          stops.pop(id, None)
+        tokens.append(Event(id, token, finish != LIVE, float(step.logprobs[slot, k]), FINISH_NAMES[finish]))
     ended = () if step.ended < 0 else (int(step.ended),)
     for id in ended:
       stops.pop(id, None)
-    counts = (
-      "num_scheduled",
-      "num_waiting",
-      "pages_held",
-      "pages_shared",
-      "pages_saved",
-      "pages_cached",
-      "tokens_held",
-    )
+    guessed = np.where(step.proposed > 0, step.ids, NOBODY)
+    counts = ("num_scheduled", "num_waiting", "tokens_held")
+    counts += ("pages_held", "pages_shared", "pages_saved", "pages_cached")
     out.append(
       Events(
         tokens=tuple(tokens),
         ended=ended,
         admitted=_numbered(step.admitted, step.cached),
         preempted=_numbered(step.preempted, step.lost),
+        proposed=_numbered(guessed, step.proposed),
+        accepted=_numbered(guessed, step.counts - 1),
+        cut=cut,
         running=tuple(step.running.tolist()),
         **{name: int(getattr(step, name)) for name in counts},
       )
@@ -370,6 +377,6 @@ def for_host(
   return out, stops, cuts
 
 
-def _numbered(ids: jax.Array, numbers: jax.Array) -> dict[int, int]:
+def _numbered(ids: Any, numbers: Any) -> dict[int, int]:
   """The number of each id that is somebody."""
   return {id: n for id, n in zip(ids.tolist(), numbers.tolist(), strict=True) if id >= 0}

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_flash import sharing
+from paged_flash import sharing, speculation
 from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE, cdiv
 from paged_flash.state import (
@@ -128,7 +128,12 @@ def first_come(state: State) -> jax.Array:
 
 
 def plan(
-  state: State, *, token_budget: int, chunk_size: int | None = None, policy: Policy = first_come
+  state: State,
+  *,
+  token_budget: int,
+  chunk_size: int | None = None,
+  policy: Policy = first_come,
+  proposals: jax.Array | None = None,
 ) -> tuple[State, StepPlan]:
   """Decides one step: admits, shares, schedules within the token budget, grants, preempts where it must.
 
@@ -139,6 +144,7 @@ def plan(
      once) fit what is free and not yet spoken for.
   4. When the pool cannot serve the running requests, the last in order lose their pages (preempted, to be
      recomputed later), as few as will do; the last one that need not lose them only pauses.
+  5. What budget and pages are left goes to proposed tokens, if no prompt is being computed.
 
   The first running request in order is always served: when all others have given way and its pages are still not
   there, it can never go on, and is ended as `LENGTH` by the commit.
@@ -148,6 +154,7 @@ def plan(
     token_budget: tokens that one step computes at most; at least S.
     chunk_size: prompt tokens that one request computes in one step at most; None for the budget.
     policy: who is admitted first and preempted last.
+    proposals: i32[S, K], what may follow the tokens of the request in each slot; NOBODY past their end.
 
   Returns:
     state: with slots filled and pages granted.
@@ -217,7 +224,7 @@ def plan(
 
   # Back to slot order, and into the table.
   back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
-  row, kept, admitted, victims, take = (a[back] for a in (row, kept, admitted, victims, take))
+  row, kept, admitted, victims, take, decodes = (a[back] for a in (row, kept, admitted, victims, take, decodes))
   pages, computed, num_tokens = pages[back], computed[back], num_tokens[back]
   rows = jnp.where(kept | admitted, row, NOBODY)
   state_out = sharing.release(state, victims)
@@ -229,6 +236,11 @@ def plan(
   )
   state_out = sharing.trim(dataclasses.replace(state_out, table=table))  # of what is found, it holds the last window
   table, index, spared = state_out.table, state_out.index, None
+
+  # 5. Proposed tokens.
+  proposals = jnp.zeros((S, 0), jnp.int32) if proposals is None else proposals
+  guesses = speculation.afforded(state_out, row, decodes, take, proposals, token_budget)
+  take += guesses
   if index is not None:
     short = jnp.sum(page_table.need(table, take)[0]) - page_table.count_true((table.ref_counts == 0) & ~index.cached)
     index = prefix.evict(index, table, short)
@@ -248,10 +260,12 @@ def plan(
     rows=rows,
     starts=jnp.where(rows >= 0, computed, 0),
     scheduled=take,
-    samples=(take > 0) & (computed + take == num_tokens),
+    samples=(take > 0) & (computed + take - guesses == num_tokens),
+    proposed=proposals,
+    num_proposed=guesses,
     cached=jnp.where(admitted, computed, 0),
     admitted=admitted,
-    filled=sharing.filled(computed, take, table.page_size, token_budget),
+    filled=sharing.filled(computed, computed + take, table.page_size, token_budget // table.page_size + S),
     copies=page_copies,
     preempted=jnp.where(victims, state.arrival[row], NOBODY),
     lost=jnp.where(victims, computed, 0),
@@ -260,13 +274,14 @@ def plan(
 
 
 def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array) -> tuple[State, StepEvents]:
-  """Takes in what the model said: appends the tokens, ends and releases the requests that are done.
+  """Takes in what the model said: appends tokens, takes back wrong guesses, ends and releases requests that are done.
 
   Args:
     state: as `plan` returned it; stays good.
     plan: the step that was run.
-    tokens: i32[S], the next token of each slot; read where the plan samples.
-    logprobs: f32[S].
+    tokens: i32[S, 1 + K], the next tokens of each slot, the k-th drawn after the first k proposed ones; read where the
+      plan samples.
+    logprobs: f32[S, 1 + K].
 
   Returns:
     The new state, in which the pages that were filled can be found, finished slots are empty, and their pages and those
@@ -274,12 +289,15 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   """
   R, requests, table = state.arrival.size, state.requests, state.table
   row = plan.rows
-  at = jnp.where(plan.samples, row, R)
-  num_tokens = requests.num_tokens[row] + 1
-  output = num_tokens - requests.prompt_lens[row]
-  stop = jnp.any(requests.stop_ids[row] == tokens[:, None], axis=1) & (output >= requests.min_tokens[row])
-  finish = jnp.where(stop, STOP, jnp.where(output >= requests.max_tokens[row], LENGTH, LIVE))
-  finish = jnp.where(plan.samples, finish, LIVE)
+  k = jnp.arange(tokens.shape[1])
+  last = requests.num_tokens[row]
+  output = (last - requests.prompt_lens[row])[:, None] + 1 + k  # i32[S, 1 + K]  output tokens with this one
+  stop = jnp.any(requests.stop_ids[row][:, None] == tokens[..., None], axis=-1)
+  stop &= output >= requests.min_tokens[row][:, None]
+  finish = jnp.where(stop, STOP, jnp.where(output >= requests.max_tokens[row][:, None], LENGTH, LIVE))
+  final = jnp.minimum(speculation.accepted(plan, tokens), jnp.min(jnp.where(finish != LIVE, k, k.size), axis=1))
+  counts = jnp.where(plan.samples, final + 1, 0)
+  finish = jnp.where(plan.samples, jnp.take_along_axis(finish, final[:, None], axis=1)[:, 0], LIVE)
   doomed = jnp.where(plan.doomed >= 0, plan.doomed, R)  # R: no row
   done = (finish != LIVE) | (row == doomed)
   free = table.ref_counts == 0
@@ -289,8 +307,10 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
 
   events = StepEvents(
     ids=ids(plan.samples),
+    counts=counts,
     tokens=tokens,
     logprobs=logprobs,
+    proposed=plan.num_proposed,
     finish=finish,
     ended=jnp.where(plan.doomed >= 0, state.arrival[plan.doomed], NOBODY),
     admitted=ids(plan.admitted),
@@ -306,17 +326,21 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     pages_cached=jnp.int32(0) if state.index is None else page_table.count_true(free & state.index.cached),
     tokens_held=jnp.sum(table.seq_lens, dtype=jnp.int32),
   )
-  if state.index is not None:
-    state = sharing.indexed(state, plan)
   kept = requests.tokens
   if state.index is None or state.index.contents.shape[1] == table.page_size:  # a token a number
-    kept = kept.at[at, num_tokens - 1].set(tokens, mode="drop")
+    at = jnp.where(k < counts[:, None], row[:, None], R)
+    kept = kept.at[at, last[:, None] + k].set(tokens, mode="drop")
+  num_tokens = requests.num_tokens.at[jnp.where(plan.samples, row, R)].add(counts, mode="drop")
+  if k.size > 1:
+    held = table.seq_lens - jnp.where(plan.samples, plan.num_proposed + 1 - counts, 0)
+    table = lax.cond(jnp.any(plan.num_proposed > 0), page_table.truncate, lambda same, _: same, table, held)
+  requests = dataclasses.replace(requests, tokens=kept, num_tokens=num_tokens)
+  state = dataclasses.replace(state, table=table, requests=requests)
+  if state.index is not None:
+    state = sharing.indexed(state, plan)
   state = sharing.trim(sharing.release(state, done))
   state = dataclasses.replace(
     state,
-    requests=dataclasses.replace(
-      requests, tokens=kept, num_tokens=requests.num_tokens.at[at].set(num_tokens, mode="drop")
-    ),
     finish=state.finish.at[jnp.where(done, row, R)].set(finish, mode="drop").at[doomed].set(LENGTH, mode="drop"),
     running=jnp.where(done, NOBODY, row),
   )

@@ -83,12 +83,15 @@ def awaits_prompt(state: State) -> jax.Array:
   return computes & (first >= 0) & (first != jnp.arange(first.size))
 
 
-def filled(starts: jax.Array, scheduled: jax.Array, page_size: int, token_budget: int) -> jax.Array:
-  """Slot and place (i32[2, F]) of each page that a step fills, in order; slot S for none."""
+def filled(starts: jax.Array, ends: jax.Array, page_size: int, most: int) -> jax.Array:
+  """Slot and place (i32[2, F]) of each page that is filled from `starts` to `ends` (i32[S]), in order; slot S for none.
+
+  `most` is F: a step that computes so many tokens fills at most tokens // page_size + S pages.
+  """
   S = starts.size
-  count = (starts + scheduled) // page_size - starts // page_size
+  count = ends // page_size - starts // page_size
   end = jnp.cumsum(count)
-  k = jnp.arange(token_budget // page_size + S)
+  k = jnp.arange(most)
   slot = count_upto(end, k)
   at = jnp.minimum(slot, S - 1)
   return jnp.stack([slot, jnp.where(slot < S, starts[at] // page_size + k - (end - count)[at], 0)])
@@ -98,6 +101,8 @@ def indexed(state: State, plan: StepPlan) -> State:
   """The state with the filled pages in the index."""
   assert state.index is not None
   slot, place = plan.filled
+  if plan.proposed.shape[1]:  # tokens that were taken back fill no page
+    slot, place = filled(plan.starts, state.table.seq_lens, state.table.page_size, slot.size)
   row = plan.rows[jnp.minimum(slot, plan.rows.size - 1)]
   width = state.index.contents.shape[1]
   contents = state.requests.tokens[row[:, None], place[:, None] * width + jnp.arange(width)]

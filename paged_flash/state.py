@@ -1,6 +1,7 @@
 """The scheduler's state, and what it hands to a step: frozen dataclasses of small arrays.
 
-R requests, S slots, C tokens kept per request, F pages that a step may fill, T packed tokens. NOBODY (-1) marks an
+R requests, S slots, C tokens kept per request, F pages that a step may fill, T packed tokens, K tokens
+proposed per slot (`speculation`). NOBODY (-1) marks an
 absent row, slot or id.
 """
 
@@ -95,6 +96,8 @@ class StepPlan:
   starts: jax.Array  # i32[S]  tokens computed before the step
   scheduled: jax.Array  # i32[S]  tokens to compute in the step
   samples: jax.Array  # bool[S]  slots whose next token the step yields
+  proposed: jax.Array  # i32[S, K]  guesses of the tokens after it
+  num_proposed: jax.Array  # i32[S]  of these, how many the step computes too: the last of `scheduled`
   cached: jax.Array  # i32[S]  of a request admitted now: tokens that it need not compute, because their pages are there
   admitted: jax.Array  # bool[S]
   filled: jax.Array  # i32[2, F]  slot and place of the pages that the step fills; slot S for none
@@ -128,10 +131,12 @@ class Packed:
 class StepEvents:
   """What one step did, small enough to send to the host every time."""
 
-  ids: jax.Array  # i32[S]  the request that got a token; NOBODY
-  tokens: jax.Array  # i32[S]
-  logprobs: jax.Array  # f32[S]
-  finish: jax.Array  # i32[S]  LIVE, or why the request ended with this token
+  ids: jax.Array  # i32[S]  the request that got tokens; NOBODY
+  counts: jax.Array  # i32[S]  how many: one, and the proposed tokens that were accepted
+  tokens: jax.Array  # i32[S, 1 + K]
+  logprobs: jax.Array  # f32[S, 1 + K]
+  proposed: jax.Array  # i32[S]  proposed tokens that were computed for it
+  finish: jax.Array  # i32[S]  LIVE, or why the request ended with the last of its tokens
   ended: jax.Array  # i32[]  id of a request that ended without a token (LENGTH: the pool cannot hold it); NOBODY
   admitted: jax.Array  # i32[S]  ids that got their slot
   cached: jax.Array  # i32[S]  tokens that these need not compute

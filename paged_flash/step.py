@@ -2,8 +2,9 @@
 
     plan -> copies -> model (each layer writes K and V to its pages and attends through the table) -> sampling -> commit
 
-A step has two shapes: `token_budget` packed tokens when some slot prefills, and one token for each slot when none
-does. Both are in one program, and the plan says which runs.
+A step has three shapes: `token_budget` packed tokens when some slot prefills; one token for each slot when none does;
+and, where the engine speculates, up to 1 + K tokens for each slot when some of them are proposed ones. All are in one
+program, and the plan says which runs.
 """
 
 import dataclasses
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_flash import attention, sampling, scheduler
+from paged_flash import attention, sampling, scheduler, speculation
 from paged_flash.cache import kv_pages
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import NO_PAGE, count_upto
 from paged_flash.models import Model
+from paged_flash.speculation import Proposer
 from paged_flash.state import Packed, State, StepEvents, StepPlan
 
 
@@ -29,6 +31,20 @@ class Settings:
   chunk_size: int  # of these, prompt tokens of one request
   implementation: str | None  # of `paged_attention`
   policy: scheduler.Policy  # who comes first
+  num_proposed: int = 0  # K, tokens proposed for each slot; 0: no speculation
+  proposer: Proposer = speculation.lookup
+
+
+def plan(settings: Settings, state: State) -> tuple[State, StepPlan]:
+  """`scheduler.plan`, with what the proposer proposes."""
+  proposals = settings.proposer(state, settings.num_proposed) if settings.num_proposed else None
+  return scheduler.plan(
+    state,
+    token_budget=settings.token_budget,
+    chunk_size=settings.chunk_size,
+    policy=settings.policy,
+    proposals=proposals,
+  )
 
 
 def step(
@@ -49,22 +65,18 @@ def step(
     events: what happened.
     live: bool[], whether any request is left.
   """
-  state, plan = scheduler.plan(
-    state, token_budget=settings.token_budget, chunk_size=settings.chunk_size, policy=settings.policy
-  )
-  kv = kv_pages.copy(kv, plan.copies)
-  forward = functools.partial(compute, model, settings, params, state, plan)
-  logits = jnp.zeros((plan.rows.size, model.config.vocab_size), jnp.float32)
-  logits, kv = _when(~plan.decode_only, functools.partial(forward, settings.token_budget), logits, kv)
-  logits, kv = _when(plan.decode_only, functools.partial(forward, None), logits, kv)
-
-  requests, row = state.requests, plan.rows
-  index = (requests.num_tokens - requests.prompt_lens)[row]  # i32[S] of the token in its request's output
-  early = (index + 1 < requests.min_tokens[row])[:, None] & (requests.stop_ids[row] >= 0)  # bool[S, I]
-  banned = jnp.where(early, requests.stop_ids[row], logits.shape[1])
-  logits = logits.at[jnp.arange(row.size)[:, None], banned].set(-jnp.inf, mode="drop")
-  tokens, logprobs = sampling.sample(logits, jax.tree.map(lambda a: a[row], requests.sampling), index)
-  state, events = scheduler.commit(state, plan, tokens, logprobs)
+  state, made = plan(settings, state)
+  kv = kv_pages.copy(kv, made.copies)
+  S, W = made.rows.size, 1 + settings.num_proposed
+  guesses = jnp.any(made.num_proposed > 0)
+  said = jnp.zeros((S, W), jnp.int32), jnp.zeros((S, W))
+  shapes = [(~made.decode_only & ~guesses, settings.token_budget, 1), (made.decode_only, None, 1)]
+  if settings.num_proposed:
+    shapes.append((guesses, min(S * W, settings.token_budget), W))
+  for wanted, num_tokens, width in shapes:
+    forward = functools.partial(_say, model, settings, params, state, made, num_tokens, width)
+    said, kv = when(wanted, forward, said, kv)
+  state, events = scheduler.commit(state, made, *said)
   return state, kv, events, jnp.any(state.live)
 
 
@@ -114,8 +126,12 @@ def pack(state: State, plan: StepPlan, num_tokens: int | None) -> Packed:
     position = jnp.where(inside, plan.starts[slot] + index - query_starts[slot], 0)
     last = jnp.maximum(query_starts[1:] - 1, 0)
   page = state.table.pages[slot, position // state.table.page_size]
+  tokens = state.requests.tokens[plan.rows[slot], position]
+  if K := plan.proposed.shape[1]:
+    ahead = position - (plan.starts + plan.scheduled - plan.num_proposed)[slot]
+    tokens = jnp.where(ahead >= 0, plan.proposed[slot, jnp.clip(ahead, 0, K - 1)], tokens)
   return Packed(
-    tokens=jnp.where(inside, state.requests.tokens[plan.rows[slot], position], 0),
+    tokens=jnp.where(inside, tokens, 0),
     positions=position,
     pages=jnp.where(inside, page, NO_PAGE),
     offsets=position % state.table.page_size,
@@ -126,12 +142,29 @@ def pack(state: State, plan: StepPlan, num_tokens: int | None) -> Packed:
 
 
 def compute(
-  model: Model, settings: Settings, params, state: State, plan: StepPlan, num_tokens: int | None, kv: KVPages
+  model: Model,
+  settings: Settings,
+  params,
+  state: State,
+  plan: StepPlan,
+  num_tokens: int | None,
+  kv: KVPages,
+  *,
+  width: int = 1,
 ) -> tuple[jax.Array, KVPages]:
-  """Logits f32[S, V] of each slot's last token, and the pool with the new K and V in it."""
+  """What the model says in a planned step.
+
+  Args:
+    num_tokens: as for `pack`.
+    width: W, tokens of each slot to hear about: the last that is known, and the proposed ones after it.
+
+  Returns:
+    Logits f32[S, W, V], and the pool with the new K and V in it. Consumes `kv`.
+  """
   packed = pack(state, plan, num_tokens)
   pages = state.table.pages[: plan.rows.size]  # i32[S, P]
   window = model.config.sliding_window  # tokens a query sees, itself included
+  most = settings.chunk_size if width == 1 else width
 
   def attend(q, k, v, kv, layer):
     kv = kv_pages.write(kv, layer, k, v, packed.pages, packed.offsets)
@@ -142,7 +175,7 @@ def compute(
       kv_pages.layer_pages(kv, pages, layer),
       packed.kv_lens,
       query_starts=packed.query_starts,
-      max_query_len=1 if num_tokens is None else settings.chunk_size,
+      max_query_len=1 if num_tokens is None else most,
       local_window_size=None if window is None else window - 1,
       implementation=settings.implementation,
     )
@@ -150,16 +183,40 @@ def compute(
 
   decoder = model.bind(params)
   hidden, kv = decoder(packed.tokens, packed.positions, kv, attend)
-  return decoder.logits(hidden[packed.last]), kv
+  at = jnp.minimum((packed.last - plan.num_proposed)[:, None] + jnp.arange(width), packed.last[:, None])
+  return decoder.logits(hidden[at]), kv
 
 
-def _when(wanted: jax.Array, forward, logits: jax.Array, kv: KVPages) -> tuple[jax.Array, KVPages]:
-  """`forward(kv)` if `wanted`, else what came in: a loop of at most one turn.
+def _say(
+  model: Model,
+  settings: Settings,
+  params,
+  state: State,
+  plan: StepPlan,
+  num_tokens: int | None,
+  width: int,
+  said: tuple[jax.Array, jax.Array],
+  kv: KVPages,
+) -> tuple[tuple[jax.Array, jax.Array], KVPages]:
+  """Tokens i32[S, 1 + K] and their log-probabilities, of which the first `width` of each slot are drawn anew."""
+  logits, kv = compute(model, settings, params, state, plan, num_tokens, kv, width=width)
+  requests, row = state.requests, jnp.repeat(plan.rows, width)  # i32[S * W]
+  index = (requests.num_tokens - requests.prompt_lens)[row] + jnp.tile(jnp.arange(width), plan.rows.size)
+  logits = logits.reshape(row.size, -1)
+  early = (index + 1 < requests.min_tokens[row])[:, None] & (requests.stop_ids[row] >= 0)  # bool[S * W, I]
+  banned = jnp.where(early, requests.stop_ids[row], logits.shape[1])
+  logits = logits.at[jnp.arange(row.size)[:, None], banned].set(-jnp.inf, mode="drop")
+  drawn = sampling.sample(logits, jax.tree.map(lambda a: a[row], requests.sampling), index)
+  return jax.tree.map(lambda old, new: old.at[:, :width].set(new.reshape(-1, width)), said, drawn), kv
+
+
+def when(wanted: jax.Array, forward, said, kv: KVPages):
+  """`forward(said, kv)` if `wanted`, else what came in: a loop of at most one turn.
 
   `lax.cond` would say it better, but XLA copies the pool into a conditional (jax 0.11.2, on a CPU), and a loop not.
   """
 
   def body(carry):
-    return (jnp.bool(False), *forward(carry[2]))
+    return (jnp.bool(False), *forward(*carry[1:]))
 
-  return lax.while_loop(lambda carry: carry[0], body, (wanted, logits, kv))[1:]
+  return lax.while_loop(lambda carry: carry[0], body, (wanted, said, kv))[1:]

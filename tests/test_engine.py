@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_flash import models
+from paged_flash import best_of, models
 from paged_flash.engine import Engine
 from paged_flash.models import ModelConfig
 from paged_flash.requests import Params
@@ -226,6 +226,9 @@ def test_samples_of_one_prompt_share_its_pages(engine, alone):
     )
   assert computed == 10 + 2 + 3 * 7  # the prompt once, its last token for each other sample, and the outputs
   assert saved == 2 * 2  # two full pages, held by two more
+  done = best_of(engine, prompt_of(10), 3, max_tokens=8, temperature=1.0, seed=4)
+  assert {sample.output_ids for sample in done} == {tuple(engine.output(state, id)) for id in ids}
+  assert sorted(done, key=lambda sample: -np.mean(sample.logprobs)) == done
   with pytest.raises(ValueError, match="num_samples must be in 1..32, got 0"):
     engine.submit_samples(state, [1], 0)
 

@@ -1,6 +1,7 @@
 """A recording gives back what was; a fork goes on as it would have; a snapshot survives its process."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_flash import Engine, Params, history, models
+from paged_flash import Engine, Params, history, models, speculation
 from paged_flash.cache import kv_pages, page_table
 from paged_flash.history import recording as recordings
 from paged_flash.models import ModelConfig
@@ -217,6 +218,25 @@ def test_a_fork_in_another_direction(engine):
   (fresh,) = engine.complete([(prompt_of(11), Params(max_tokens=5))])
   assert engine.output(fork.now, new) == list(fresh.output_ids)
   assert len(engine.output(fork.now, ids[0])) < 12 and fork.replay() == fork.num_steps
+
+
+def test_a_recording_with_speculation_replays_and_a_stop_string_cuts_accepted_tokens():
+  engine = make_engine(num_proposed=3, proposer=functools.partial(speculation.lookup, shortest=1), debug=True)
+  prompt, other, stop, texts = prompt_of(5) * 3, prompt_of(9), "", []
+  for _ in range(2):
+    run, id = history.record(engine).submit(prompt, max_tokens=20, stop=(stop,) if stop else ())
+    run, _ = run.submit(other, max_tokens=12)
+    tokens, cut = [], ()
+    while not run.now.idle:
+      run, events = run.step()
+      tokens += [event.token for event in events if event.request == id]
+      cut += events.cut.get(id, ())
+      if not stop and events.accepted.get(id, 0) > 1:
+        stop = Letters().decode(tokens[:-2])  # found in this step, two tokens before its end
+    texts.append(tokens)
+    assert run.replay() == run.num_steps
+  assert len(stop) > 2 and texts[1] == texts[0][: len(stop)] == engine.output(run.now, id)
+  assert list(cut[:2]) == texts[0][len(stop) :][:2]
 
 
 def test_explain_tells_a_life(engine):

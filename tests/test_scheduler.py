@@ -122,19 +122,25 @@ class Server:
       cached = np.asarray(index.cached)  # what the index says of a page is what the page holds
       np.testing.assert_array_equal(np.asarray(index.contents)[cached], self.contents[cached])
 
+  def proposals(self):
+    """What may follow each slot's tokens: i32[S, K], or None."""
+    return None
+
   def step(self):
     before = self.state
     frozen = jax.tree.map(np.array, before)
-    wanted = self.oracle.plan(before)
-    state, plan = planner(self.budget, self.chunk, self.policy)(before)
+    proposals = self.proposals()
+    wanted = {} if proposals is not None else self.oracle.plan(before)
+    state, plan = planner(self.budget, self.chunk, self.policy)(before, proposals=proposals)
     page_table.check(state.table)
     if state.index is not None:
       prefix.check(state.index, state.table)
     got = {name: np.asarray(getattr(plan, name)).tolist() for name in wanted if name != "library"}
-    got["library"] = self.cached(state)
+    if "library" in wanted:
+      got["library"] = self.cached(state)
     assert got == wanted, {name: (got[name], wanted[name]) for name in wanted if got[name] != wanted[name]}
-    scheduled = np.asarray(plan.scheduled)
-    assert scheduled.sum() <= self.budget and (scheduled <= (self.chunk or self.budget)).all()
+    scheduled, proposed = np.asarray(plan.scheduled), np.asarray(plan.num_proposed)
+    assert scheduled.sum() <= self.budget and (scheduled - proposed <= (self.chunk or self.budget)).all()
     packed = packer(None if bool(plan.decode_only) else self.budget)(state, plan)
     for src, dst in zip(np.asarray(plan.copies.src), np.asarray(plan.copies.dst), strict=True):
       if dst != NO_PAGE:
@@ -146,11 +152,12 @@ class Server:
         assert refs[page] == 1, "a shared page is written"
         self.contents[page, offset] = token
     assert (written != NO_PAGE).sum() == scheduled.sum()
-    tokens = np.zeros(self.slots, np.int32)
+    tokens = np.zeros((self.slots, 1 + plan.proposed.shape[1]), np.int32)
     for slot in np.flatnonzero(scheduled):
-      read = self.contents[np.asarray(state.table.pages[slot])].reshape(-1)[: int(packed.kv_lens[slot])]
-      tokens[slot] = next_token(read)
-    self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(self.slots))
+      read = self.contents[np.asarray(state.table.pages[slot])].reshape(-1)
+      for k in range(proposed[slot] + 1):
+        tokens[slot, k] = next_token(read[: int(packed.kv_lens[slot]) - proposed[slot] + k])
+    self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(tokens.shape))
     self.oracle.commit(state, plan, self.state)
     assert self.cached(self.state) == set(self.oracle.library.values())
     self.check()
@@ -158,7 +165,7 @@ class Server:
     for slot in np.flatnonzero(np.asarray(events.ids) != NOBODY):
       id = int(events.ids[slot])
       assert id in self.asked and id not in self.ended, "a token for a request that is not live"
-      self.got[id].append(int(events.tokens[slot]))
+      self.got[id] += np.asarray(events.tokens[slot, : int(events.counts[slot])]).tolist()
       if events.finish[slot] != LIVE:
         self.ended[id] = int(events.finish[slot])
     if int(events.ended) != NOBODY:

@@ -86,7 +86,7 @@ class WindowServer(Server):
       seen = np.arange(int(packed.kv_lens[slot]))[-self.window :]
       assert (pages[slot, seen // size] != NO_PAGE).all(), "a page in the window is gone"
       tokens[slot] = 1 + hashed(*self.chains[pages[slot, seen // size], seen % size]) % (VOCAB - 1)
-    self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(self.slots))
+    self.state, events = commit(state, plan, jnp.asarray(tokens)[:, None], jnp.zeros((self.slots, 1)))
     self.check()
     pages = np.asarray(self.state.table.pages)
     self.most_held = max(self.most_held, int((pages >= 0).sum(axis=1).max()))
@@ -94,7 +94,7 @@ class WindowServer(Server):
     assert (pages[np.arange(pages.shape[1]) < first[:, None]] == NO_PAGE).all(), "a page behind the window is held"
     for slot in np.flatnonzero(np.asarray(events.ids) != NOBODY):
       id = int(events.ids[slot])
-      self.got[id].append(int(events.tokens[slot]))
+      self.got[id].append(int(events.tokens[slot, 0]))
       if events.finish[slot] != LIVE:
         self.ended[id] = int(events.finish[slot])
     if int(events.ended) != NOBODY:
@@ -281,12 +281,11 @@ def windowed():
   return model, asked
 
 
-@pytest.mark.parametrize("driver, cache", [("host", False), ("device", True)])
-def test_tokens_with_a_sliding_window_on_a_starved_pool(windowed, driver, cache):
+@pytest.mark.parametrize("driver, cache, num_proposed", [("host", False, 0), ("device", True, 0), ("host", True, 3)])
+def test_tokens_with_a_sliding_window_on_a_starved_pool(windowed, driver, cache, num_proposed):
   model, asked = windowed
-  engine = Engine(
-    model, num_slots=4, num_pages=6, page_size=4, token_budget=8, prefix_cache=cache, steps_per_dispatch=7, debug=True
-  )
+  sizes: dict[str, Any] = dict(num_slots=4, num_pages=6, page_size=4, token_budget=8, steps_per_dispatch=7)
+  engine = Engine(model, prefix_cache=cache, num_proposed=num_proposed, debug=True, **sizes)
   assert engine.max_seq_len == 128 > 6 * 4  # what the model allows, not the pool
   preempted = []
   requests = [(prompt, params) for prompt, params, *_ in asked]

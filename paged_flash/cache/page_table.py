@@ -241,6 +241,18 @@ def attach(table: PageTable, child: jax.Array, pages: jax.Array, num_tokens: jax
   )
 
 
+def truncate(table: PageTable, seq_lens: jax.Array) -> PageTable:
+  """Cuts every slot to `seq_lens` (i32[S]) tokens, at most what it holds; pages past them are let go.
+
+  Example:
+    >>> table, _, _ = extend(init(num_slots=2, pages_per_slot=8, num_pages=32, page_size=16), jnp.array([20, 5]))
+    >>> int(truncate(table, jnp.array([16, 5])).num_free)
+    30
+  """
+  past = jnp.arange(table.pages_per_slot) >= cdiv(seq_lens, table.page_size)[:, None]  # bool[S, P]
+  return dataclasses.replace(_let_go(table, past), seq_lens=seq_lens)
+
+
 def release(table: PageTable, done: jax.Array) -> PageTable:
   """Empties the slots in `done` (bool[S]); a page that nobody else holds is free at once.
 
@@ -249,7 +261,7 @@ def release(table: PageTable, done: jax.Array) -> PageTable:
     >>> int(release(table, jnp.array([True, False])).num_free)
     31
   """
-  return dataclasses.replace(_let_go(table, done[:, None]), seq_lens=jnp.where(done, 0, table.seq_lens))
+  return truncate(table, jnp.where(done, 0, table.seq_lens))
 
 
 def trim(table: PageTable) -> PageTable:

@@ -250,17 +250,22 @@ class Recording:
 
   def _step_again(self, state: State, events: Any) -> State:
     """One step of the scheduler, with the model's words taken from the record."""
-    tokens, logprobs = np.zeros(len(events.running), np.int32), np.zeros(len(events.running), np.float32)
+    said: dict[int, list[tuple[int, float]]] = {}
     for event in events:
-      slot = events.running.index(event.request)
-      tokens[slot], logprobs[slot] = event.token, event.logprob
+      said.setdefault(event.request, []).append((event.token, event.logprob))
     state, plan = self.engine.plan(state)
-    state, said = _commit(state, plan, tokens, logprobs)
-    finish = np.asarray(said.finish)
+    tokens = np.zeros((len(events.running), 1 + plan.proposed.shape[1]), np.int32)
+    logprobs = np.zeros(tokens.shape, np.float32)
+    for slot, id in enumerate(events.running):
+      words = [*said.get(id, ()), *((token, 0.0) for token in events.cut.get(id, ()))]
+      for k, word in enumerate(words):
+        tokens[slot, k], logprobs[slot, k] = word
+    state, made = _commit(state, plan, tokens, logprobs)
     for event in events:  # what the host ended, because of a stop string
-      if event.finish != FINISH_NAMES[finish[events.running.index(event.request)]]:
+      finish = FINISH_NAMES[made.finish[events.running.index(event.request)]]
+      if event.done and (event.finish != finish or event.request in events.cut):
         (row,) = np.flatnonzero(np.asarray(state.arrival) == event.request)
-        keep = state.requests.num_tokens[row] - state.requests.prompt_lens[row]
+        keep = state.requests.num_tokens[row] - state.requests.prompt_lens[row] - len(events.cut.get(event.request, ()))
         state = _cancel(state, np.int32(event.request), np.int32(STOP), keep)
     return state
 

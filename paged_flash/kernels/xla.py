@@ -340,6 +340,7 @@ def paged_forward(
   if problem.max_query_len == 1:
     out, lse = jnp.zeros_like(operands.query), _zeros(operands.query.shape[:2], operands.query) + NEVER
   else:
+    block_q = min(block_q, problem.max_query_len)
     out, lse = _prefill(problem, operands, jnp.where(query_lens > 1, query_lens, 0), block_q, block_kv)
   token = jnp.where(is_one, starts[:-1], problem.num_tokens)
   return out.at[token].set(out_one, mode="drop"), lse.at[token].set(lse_one, mode="drop")

@@ -153,7 +153,7 @@ def _step(workload: Workload, settings: Settings, carry: _Carry) -> _Carry:
   state, cursor, refused = _submit(workload, settings, clock, carry.state, carry.cursor)
 
   arrived = jnp.searchsorted(workload.arrivals, clock, side="right")
-  nothing = jnp.zeros(settings.num_slots)
+  nothing = jnp.zeros((settings.num_slots, 1))
   budget, chunk, said = settings.token_budget, settings.chunk_size, (nothing.astype(jnp.int32), nothing)
   if isinstance(state, ContiguousState):
     state, plan = contiguous.plan(state, token_budget=budget, chunk_size=chunk)
