@@ -182,11 +182,9 @@ class Oracle:
   def commit(self, planned, plan, after) -> None:
     """Takes in what a step filled and gave back: from the state that `plan` returned to the one after the commit."""
     self.read(planned)
-    self.tokens, num_tokens = np.asarray(after.requests.tokens).tolist(), np.asarray(after.requests.num_tokens).tolist()
     for slot, row in enumerate(np.asarray(plan.rows).tolist()):
-      start = int(plan.starts[slot])
-      end = num_tokens[row] - 1 if plan.samples[slot] else start + int(plan.scheduled[slot])
-      for place in range(start // self.size, end // self.size):
+      start, count = int(plan.starts[slot]), int(plan.scheduled[slot])
+      for place in range(start // self.size, (start + count) // self.size):
         key = self.key(row, (place + 1) * self.size)
         if self.cache and (place == 0 or key[: -self.size] in self.library):
           self.pages[slot][place] = self.library.setdefault(key, self.pages[slot][place])
