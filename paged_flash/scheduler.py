@@ -218,7 +218,7 @@ def plan(
   # 4. Preemption.
   served, kept = lax.cond(starved, _victims, lambda *_: (runs, runs), state, slot, runs, need, free)
   victims = runs & ~kept
-  hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted & (jnp.cumsum(spoken_for) > free))
+  hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted)
   doomed = jnp.where(hopeless[0], row[0], NOBODY)
   take = jnp.where((runs & served) | admitted, take, 0)
 

@@ -189,6 +189,26 @@ def test_the_open_loop_cancel_and_old_states(engine, alone):
     engine.output(state, 99)
 
 
+@pytest.mark.parametrize("pieces", [(1,), (2, 5, 1), (7,)], ids=str)
+def test_scenario_32_steps_sent_together_say_what_steps_sent_alone_say(engine, pieces):
+  """Here a step is planned on the device, from the state after the one before: no page is reused while one is read."""
+  asked = [(prompt_of(n, 4), Params(max_tokens=m)) for n, m in ((17, 9), (3, 20), (30, 2), (1, 7), (9, 12))]
+
+  def said(run):
+    state, out = engine.submit_many(engine.init(), asked)[0], []
+    while not state.idle:
+      state, steps = run(state, len(out))
+      out += [[event[:3] for event in events] for events in steps]
+    return out
+
+  def alone(state, _):
+    state, events = engine.step(state)
+    return state, [events]
+
+  together = said(lambda state, done: engine.run(state, pieces[done % len(pieces)]))
+  assert together == said(alone)
+
+
 @pytest.mark.parametrize("num_pages", [40, 9], ids=["roomy", "starved"])
 @pytest.mark.parametrize("driver", ["host", "device"])
 def test_tokens_are_the_same_with_the_prefix_cache_off_on_and_warm(tiny, alone, num_pages, driver):

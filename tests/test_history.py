@@ -108,7 +108,7 @@ def busy(engine):
   return run, [*kept, copied(run.now.scheduler)]
 
 
-def test_every_state_comes_back_bit_for_bit(busy):
+def test_scenario_21_the_record_gives_back_every_state_bit_for_bit(busy):
   run, kept = busy
   assert run.num_steps == len(kept) - 1 and run.num_bytes < 700 * len(run.frames)
   for step, state in enumerate(kept):

@@ -180,6 +180,37 @@ def test_scenario_12_a_forced_collision_never_serves_foreign_content(monkeypatch
   assert pool.find(second) == [] and pool.find([*first[:16], *second[16:]]) == [0, 1]
 
 
+def test_scenario_12_identities_are_those_of_every_process():
+  pool = Pool()
+  pool.start(0, list(range(1, 33)), tenant=3)
+  assert pool.index.keys[:2].tolist() == [[2412702722, 282252500], [1481449647, 1576267184]]
+
+
+def test_scenario_19_a_query_that_diverges_inside_a_page_matches_up_to_it():
+  pool = Pool()
+  pool.start(0, COMMON, tenant=1)
+  before = jax.tree.map(np.array, pool.index)
+  assert pool.find([*COMMON[:20], *tokens_of(28, 5)], tenant=1) == [0]
+  assert pool.find(COMMON[:15], tenant=1) == pool.find([], tenant=1) == []
+  jax.tree.map(np.testing.assert_array_equal, before, pool.index)  # there is no node to be split by a look
+
+  def evictable():
+    return np.flatnonzero(pool.index.cached & (pool.table.ref_counts == 0)).tolist()
+
+  assert pool.start(1, [*COMMON[:32], *tokens_of(16, 6)], tenant=1) == [0, 1]  # another branch
+  assert evictable() == []
+  pool.release(0)
+  assert evictable() == [2]  # what the other branch stands on is held
+  assert int(pool.index.cached.sum()) == len(evictable()) + int((pool.table.ref_counts > 0).sum())
+  pool.index = evict(pool.index, pool.table, 9)
+  pool.check()
+  assert pool.find(COMMON, tenant=1) == [0, 1] and pool.find(COMMON, tenant=0) == []
+  pool.release(1)
+  assert evictable() == [0, 1, 3]
+  pool.index = evict(pool.index, pool.table, 1)
+  assert evictable() == [0, 1]  # the leaf first
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_index_against_a_dictionary(seed):
   """Starts and releases on a starved pool: what is found is what a dictionary over token tuples says, page by page."""
