@@ -147,7 +147,9 @@ def test_counting_is_that_of_numpy(n):
   rng = np.random.default_rng(n)
   ends = np.cumsum(rng.integers(0, 3, n)).astype(np.int32)
   k = np.arange(-2, ends[-1] + 3, dtype=np.int32)
-  np.testing.assert_array_equal(page_table.count_upto(jnp.asarray(ends), k), np.searchsorted(ends, k, side="right"))
+  np.testing.assert_array_equal(
+    page_table.count_upto(jnp.asarray(ends), jnp.asarray(k)), np.searchsorted(ends, k, side="right")
+  )
   mask = rng.random((3, n)) < 0.5
   np.testing.assert_array_equal(page_table.count_true(jnp.asarray(mask)), mask.sum(axis=1))
 
