@@ -86,7 +86,7 @@ pf.show(change)
 # preempted and computed again.
 
 # %%
-for request in (requests[1], requests[4]):
+for request in (requests[1], requests[3]):
   print(run.explain(request), "\n")
 
 # %% [markdown]
