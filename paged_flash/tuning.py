@@ -63,12 +63,15 @@ def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
   there is at most one chunk for each multiprocessor, one lane has the memory of two.
   """
   size = problem.head_dim
-  block_kv, stages = 128 if size == 64 else 64, 4 if problem.has_scales else 3
+  block_kv = 64 if size == 256 or (problem.has_scales and size > 64) else 128
+  in_flight = (4 if problem.has_scales else 3) * (64 if size > 64 else 128)  # keys, for each of two lanes
   chunks = paged_decode_sm90.make_chunks(problem, block_kv).max_count * problem.num_kv_heads * problem.batch
-  if size == 256 or chunks <= mosaic.num_multiprocessors():
-    tiles = {"lanes": 1, "block_kv": block_kv, "stages": stages if size == 256 else 2 * stages}
+  if size == 256:
+    tiles = {"lanes": 1, "block_kv": block_kv, "stages": in_flight // block_kv}
+  elif chunks <= mosaic.num_multiprocessors():
+    tiles = {"lanes": 1, "block_kv": block_kv, "stages": 2 * in_flight // block_kv}
   else:
-    tiles = {"lanes": 2, "block_kv": block_kv, "stages": stages}
+    tiles = {"lanes": 2, "block_kv": block_kv, "stages": in_flight // block_kv}
   if problem.max_query_len > paged_decode_sm90.max_tokens(problem):  # not measured yet
     block_kv, stages = (64, 2) if size == 256 else (128, 3)
     prefill = {"num_wgs": 3 if size == 64 else 2, "block_kv": block_kv, "stages": stages}

@@ -444,7 +444,7 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
   if interpret:
     top = jnp.maximum(state[1], part[1])
     shift = jnp.where(top == -jnp.inf, 0.0, _product(top, factor))
-    old, new = (jnp.exp2(_product(x[1], factor) - shift) for x in (state, part))
+    old, new = (jnp.where(x[1] == top, 1.0, jnp.exp2(_product(x[1], factor) - shift)) for x in (state, part))
     rows = lambda x, like: across(x, like) if like.ndim == 2 else x  # noqa: E731
     acc = _product(state[0], rows(old, state[0])) + _product(part[0], rows(new, part[0]))
     return acc, top, _product(state[2], old) + _product(part[2], new)
@@ -456,14 +456,19 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
   @_inline(arg_types=(tile, row, row) * 2, return_type=tuple(shapes))
   def merge(_, acc, top, total, part, part_top, part_total):
     f32 = ir.F32Type.get()
-    scale, zero, nothing = (mgpu.utils.c(x, f32) for x in (factor, 0.0, float("-inf")))
+    scale, zero, one, nothing = (mgpu.utils.c(x, f32) for x in (factor, 0.0, 1.0, float("-inf")))
+    equal = arith.CmpFPredicate.OEQ
     accs, tops, totals = acc.registers.copy(), top.registers.copy(), total.registers.copy()
     weights = []
     for i, register in enumerate(top.registers.flat):
       (old,), (new,) = _values(register), _values(part_top.registers.flat[i])
       both = arith.maximumf(old, new)
-      shift = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, both, nothing), zero, arith.mulf(both, scale))
-      old, new = (_exp2(llvm.intr_fma(x, scale, arith.negf(shift))) for x in (old, new))
+      shift = arith.select(arith.cmpf(equal, both, nothing), zero, arith.mulf(both, scale))
+      # The greater one's weight is 1, not 2 to what rounding left: folding with nothing changes nothing.
+      old, new = (
+        arith.select(arith.cmpf(equal, x, both), one, _exp2(llvm.intr_fma(x, scale, arith.negf(shift))))
+        for x in (old, new)
+      )
       weights.append((old, new))
       (x,), (y,) = _values(total.registers.flat[i]), _values(part_total.registers.flat[i])
       tops.flat[i] = _register(register, [both])

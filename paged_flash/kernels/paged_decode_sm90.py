@@ -69,7 +69,8 @@ def make_chunks(problem: PagedProblem, block_kv: int) -> Chunks:
   max_tiles = cdiv(visible, block_kv)
   if p.window is not None:
     max_tiles = min(max_tiles, cdiv(p.window + p.max_query_len, block_kv) + 1)
-  least = max(1, (2 * CHUNK if p.has_scales else CHUNK) // block_kv)
+  # What is at most two chunks is one: it needs no second kernel.
+  least = max(1, (2 * CHUNK if p.has_scales or visible <= 2 * CHUNK else CHUNK) // block_kv)
   return Chunks(least=least, most=max(1, ENOUGH_ITEMS // p.num_kv_heads), max_tiles=max_tiles)
 
 
@@ -112,13 +113,13 @@ class Segments(NamedTuple):
   count: int  # that lanes are ready for; the line may end before
 
   @classmethod
-  def cut(cls, count: int, num_kv_heads: int, total: Any, longest: Any) -> "Segments":
-    """Of a line of `total` tiles, the longest sequence's being `longest`.
+  def cut(cls, count: int, batch: int, num_kv_heads: int, total: Any, longest: Any) -> "Segments":
+    """Of a line of `total` tiles of `batch` sequences, the longest's being `longest`.
 
-    Segments are not smaller than need be, and long sequences are not cut, if enough lanes then fetch at a time.
+    Sequences of about the same length are not cut if enough lanes fetch at a time all the same.
     """
     size, longest = cdiv(total, count), jnp.maximum(longest, 1)
-    is_enough = longest * ENOUGH_LANES <= total * num_kv_heads
+    is_enough = (longest * ENOUGH_LANES <= total * num_kv_heads) & (longest * batch <= 2 * total)
     return cls(jnp.where(is_enough, lax.div(size + longest - 1, longest) * longest, size), count)
 
 
@@ -218,7 +219,7 @@ def forward(
       return jnp.where(s.count > 0, jnp.maximum(s.high - s.low, 1), 0)
 
     line = Line(p.batch, length, interpret=is_interpreted)
-    return line, Segments.cut(num_segments, K, *line.measure())
+    return line, Segments.cut(num_segments, p.batch, K, *line.measure())
 
   def chunks_before(s, tiles):
     """How many chunks begin in the first `tiles` tiles of a sequence."""
@@ -300,7 +301,7 @@ def forward(
       first_page, last_page = visible_pages(s)
 
       def of_rows(page, rows, key):
-        page_id = pages[b, jnp.clip(page, first_page, last_page)]
+        page_id = jnp.where(s.kv_len > 0, pages[b, jnp.clip(page, first_page, last_page)], 0)  # no keys, no page
         is_seen = (key >= s.first_key) & (key < s.kv_len)
         return [jnp.where(is_seen, gmem[page_id, rows, head], 0.0) for gmem in scales_gmem]
 

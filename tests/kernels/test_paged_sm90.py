@@ -169,9 +169,10 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
     line = paged_decode_sm90.Line(int(batch), lambda b, lengths=lengths: jnp.asarray(lengths)[b], interpret=True)
     total, longest = jax.jit(line.measure)()
     assert (int(total), int(longest)) == (ends[-1], lengths.max())
-    size, count = paged_decode_sm90.Segments.cut(lanes // heads, heads, total, longest)
+    size, count = paged_decode_sm90.Segments.cut(lanes // heads, int(batch), heads, total, longest)
     assert size * count >= total
     assert size <= -(-total // count) or size * paged_decode_sm90.ENOUGH_LANES <= 2 * total * heads
+    assert size <= -(-total // count) or longest * batch <= 2 * total
     if case % 2 and batch * heads >= paged_decode_sm90.ENOUGH_LANES:
       assert size % longest == 0
     places = rng.integers(0, ends[-1] + 5, 20).astype(np.int32)
@@ -291,6 +292,11 @@ def problem_of(page_size=16, dim=64, dtype=jnp.bfloat16, kv_dtype=None, device="
     (problem_of(dim=96), "it wants head_dim 64, 128 or 256, not 96"),
     (problem_of(4), "it wants a page_size that is a power of two from 8 to 256, not 4"),
     (problem_of(24), "it wants a page_size that is a power of two from 8 to 256, not 24"),
+    (problem_of(num_heads=64), ""),
+    (
+      problem_of(num_heads=64, max_query_len=2),
+      "it takes chunks with at most 32 query heads for each KV head, not 64",
+    ),
     (problem_of(num_heads=65), "it wants at most 64 query heads for each KV head, not 65"),
   ],
 )
