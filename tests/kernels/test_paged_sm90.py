@@ -59,30 +59,30 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 # With chunks of more query tokens than the decode kernel takes, some as long as their sequence.
 CASES |= {
   "chunks_page16": (
-    dict(kv_lens=[90, 1, 0, 150, 40], query_lens=[33, 1, 0, 40, 40], num_tokens=117, max_query_len=50)
+    dict(kv_lens=[90, 1, 0, 150, 20], query_lens=[33, 1, 0, 18, 20], num_tokens=75, max_query_len=50)
     | dict(heads=(4, 1, 64), page_size=16, pages_per_slot=10),
     {},
   ),
   "chunks_page8_gqa7_everything": (
-    dict(kv_lens=[200, 30, 70], query_lens=[42, 4, 15], num_tokens=61, max_query_len=64)
+    dict(kv_lens=[200, 30, 70], query_lens=[20, 4, 11], num_tokens=35, max_query_len=64)
     | dict(heads=(7, 1, 64), page_size=8, pages_per_slot=30)
     | dict(local_window_size=30, sinks=SINKS, logits_soft_cap=2.0, scale=0.3),
     dict(prefill_num_wgs=1),
   ),
   "chunks_page32_block128_gqa3": (
-    dict(kv_lens=[100, 257], query_lens=[100, 22], num_tokens=124, max_query_len=124)
+    dict(kv_lens=[66, 257], query_lens=[66, 22], num_tokens=90, max_query_len=90)
     | dict(heads=(6, 2, 64), page_size=32, pages_per_slot=9, local_window_size=100),
     dict(prefill_num_wgs=3, prefill_block_kv=128, prefill_stages=3, num_blocks=2),
   ),
   "chunks_page256_mha_dim256_f16": (
-    dict(kv_lens=[100, 257], query_lens=[80, 65], num_tokens=150, max_query_len=80)
+    dict(kv_lens=[100, 257], query_lens=[66, 65], num_tokens=133, max_query_len=80)
     | dict(heads=(1, 1, 256), page_size=256, pages_per_slot=2),
     dict(lanes=1),
   ),
   "chunks_page64_mha_dim128": (
     dict(kv_lens=[130, 66], query_lens=[130, 1], num_tokens=131, max_query_len=130)
-    | dict(heads=(2, 2, 128), page_size=64, pages_per_slot=3, sinks=SINKS[2:4]),
-    dict(prefill_num_wgs=2),
+    | dict(heads=(1, 1, 128), page_size=64, pages_per_slot=3, sinks=SINKS[2:3]),
+    {},
   ),
 }
 
