@@ -1,6 +1,7 @@
 """The Hopper kernels of paged attention: in the CPU interpreter with its race detector, and lowered for an H200."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import paged_flash as pf
-from paged_flash.kernels import paged_decode_sm90, paged_prefill_sm90, paged_sm90
+from paged_flash.kernels import mosaic, paged_decode_sm90, paged_prefill_sm90, paged_sm90
 from paged_flash.kernels.arguments import flash_problem, paged_problem
 from tests.kernels import cases, mosaic_help, oracle
 from tests.kernels.test_arguments import pretend
@@ -47,7 +48,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     {},
   ),
   "fp8_page8": (
-    dict(kv_lens=[1, 280], heads=(3, 3, 64), page_size=8, pages_per_slot=40, quantised="float8_e4m3fn"),
+    dict(kv_lens=[1, 0, 280], seed=7, heads=(3, 3, 64), page_size=8, pages_per_slot=40, quantised="float8_e4m3fn"),
     {},
   ),
   "fp8_page256": (
@@ -161,24 +162,48 @@ def test_neither_the_batch_nor_where_pages_lie_nor_who_computes_matters():
 
 def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
   rng = np.random.default_rng(0)
-  for case in range(6):
-    batch, heads, lanes = rng.integers(1, 300), int(rng.integers(1, 17)), 264
+  for case in range(200):
+    batch, heads, lanes = int(rng.integers(1, 300)), int(rng.integers(1, 17)), 264
     lengths = np.full(batch, rng.integers(1, 400)) if case % 2 else rng.zipf(1.5, batch).clip(0, 2000)
-    lengths = lengths.astype(np.int32)
-    ends = np.cumsum(lengths)
-    line = paged_decode_sm90.Line(int(batch), lambda b, lengths=lengths: jnp.asarray(lengths)[b], interpret=True)
-    total, longest = jax.jit(line.measure)()
-    assert (int(total), int(longest)) == (ends[-1], lengths.max())
-    size, count = paged_decode_sm90.Segments.cut(lanes // heads, int(batch), heads, total, longest)
+    total, longest = int(lengths.sum()), int(lengths.max())
+    size, count = paged_decode_sm90.Segments.cut(lanes // heads, batch, heads, jnp.int32(total), jnp.int32(longest))
     assert size * count >= total
     assert size <= -(-total // count) or size * paged_decode_sm90.ENOUGH_LANES <= 2 * total * heads
     assert size <= -(-total // count) or longest * batch <= 2 * total
     if case % 2 and batch * heads >= paged_decode_sm90.ENOUGH_LANES:
       assert size % longest == 0
-    places = rng.integers(0, ends[-1] + 5, 20).astype(np.int32)
-    for place, (index, start) in zip(places, jax.jit(lambda *x, line=line: line.find(*x))(*places), strict=True):
-      assert index == np.searchsorted(ends, place, side="right") and start == (0 if index == 0 else ends[index - 1])
-    assert int(jax.jit(line.start)(batch // 2)) == lengths[: batch // 2].sum()
+
+
+@pytest.mark.parametrize("is_warp", [False, True])
+@pytest.mark.parametrize("batch", [1, 5, 32, 77])
+def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
+  """In the interpreter's loop, and in a warp: `jax.vmap` over its 32 lanes."""
+
+  def over_warp(operation, x):
+    if operation == "before":
+      return jnp.where(jnp.arange(32) < jax.lax.axis_index("lane"), jax.lax.all_gather(x, "lane"), 0).sum()
+    return dict(add=jax.lax.psum, max=jax.lax.pmax)[operation](x, "lane")
+
+  monkeypatch.setattr(mosaic, "thread", lambda: 96 + jax.lax.axis_index("lane"))
+  monkeypatch.setattr(mosaic, "over_warp", over_warp)
+  rng = np.random.default_rng(batch)
+  lengths = rng.zipf(1.5, batch).clip(0, 50).astype(np.int32) * rng.integers(0, 2, batch, np.int32)
+  ends = np.cumsum(lengths)
+  line = paged_decode_sm90.Line(batch, lambda b: jnp.asarray(lengths)[b], interpret=not is_warp)
+  places = rng.integers(0, ends[-1] + 5, 9).astype(np.int32)
+
+  @jax.jit
+  @functools.partial(jax.vmap, axis_name="lane", axis_size=32)
+  def look():
+    return line.measure(), line.start(batch // 2), line.find(*places)
+
+  def wanted(place):
+    index = np.searchsorted(ends, place, side="right")
+    return index, ends[index - 1] if index else 0
+
+  want = (ends[-1], lengths.max()), lengths[: batch // 2].sum(), [wanted(x) for x in places]
+  for got, x in zip(jax.tree.leaves(look()), jax.tree.leaves(want), strict=True):
+    assert (got == x).all()
 
 
 def test_a_chunk_does_not_depend_on_its_batch():
