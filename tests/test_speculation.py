@@ -14,7 +14,7 @@ from paged_flash.engine import Engine
 from paged_flash.requests import Params, rows
 from paged_flash.state import LENGTH, NOBODY, STOP
 from tests.test_engine import TINY, Alone, check_against, models
-from tests.test_scheduler import VOCAB, Server, expected, next_token, prompt_of
+from tests.test_scheduler import VOCAB, Server, expected, next_token, planner, prompt_of
 
 
 def looked_up(tokens, num_tokens, longest, shortest):
@@ -68,7 +68,12 @@ class Guessing(Server):
     return jnp.asarray(out)
 
   def step(self):
+    none = jnp.full((self.slots, self.guesses), NOBODY)
+    plain, asked = planner(self.budget, self.chunk, self.policy)(self.state, proposals=none)[1], self.state.requests
     plan, events = super().step()
+    left = (asked.prompt_lens + asked.max_tokens - asked.num_tokens)[plan.rows]
+    assert (plan.num_proposed < jnp.where(plan.rows >= 0, left, 1)).all(), "a guess past a request's end"
+    assert (plan.scheduled - plan.num_proposed == plain.scheduled).all(), "a guess cost somebody a token"
     if (plan.num_proposed > 0).any():
       assert (plan.scheduled - plan.num_proposed <= 1).all(), "speculation beside a chunk"
     right = (events.counts == 1 + events.proposed) | (events.ids < 0) | (events.finish > 0)
