@@ -80,6 +80,11 @@ CASES |= {
     | dict(heads=(1, 1, 256), page_size=256, pages_per_slot=2),
     dict(lanes=1),
   ),
+  "chunks_window_within_the_last_page": (  # which is read in place of the one before, what lies past its end included
+    dict(kv_lens=[60], query_lens=[3], num_tokens=3, max_query_len=8, heads=(32, 1, 64), page_size=32)
+    | dict(pages_per_slot=2, local_window_size=3),
+    {},
+  ),
   "chunks_page64_mha_dim128": (
     dict(kv_lens=[130, 66], query_lens=[130, 1], num_tokens=131, max_query_len=130)
     | dict(heads=(1, 1, 128), page_size=64, pages_per_slot=3, sinks=SINKS[2:3]),
