@@ -1,6 +1,6 @@
 """paged_flash: flash attention, paged KV caches and immutable page tables for LLM inference in JAX."""
 
-from paged_flash import history, models, policies, speculation
+from paged_flash import history, models, policies, speculation, swapping
 from paged_flash.adapters import nnx_attention
 from paged_flash.analysis.pictures import show
 from paged_flash.attention import explain, flash_attention, paged_attention
@@ -31,4 +31,5 @@ __all__ = [
   "policies",
   "show",
   "speculation",
+  "swapping",
 ]

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from paged_flash import scheduler, speculation
+from paged_flash import scheduler, speculation, swapping
 from paged_flash import step as pure
 from paged_flash.cache import kv_pages, page_table, prefix
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import cdiv
 from paged_flash.models import Model
 from paged_flash.requests import Completion, Counter, Events, Params, Prompt, StopWatch, checked, encode, for_host, rows
-from paged_flash.speculation import Proposer
 from paged_flash.state import NOBODY, STOP, State
 
 _SUBMIT_BATCH = 32  # requests queued per dispatch
@@ -48,16 +47,16 @@ class Engine:
     num_pages: pages in the pool. Give this or `memory_bytes`.
     memory_bytes: bytes that the pool may take; `memory` shows the arithmetic.
     page_size: tokens per page.
-    max_seq_len: tokens of a request, prompt and output; None for the least of what the model and the pool allow. A
-      model with a sliding window needs pages for a window and a chunk, however long the request.
+    max_seq_len: tokens of a request, prompt and output; None for the least that model and pool allow.
     token_budget: tokens that one step computes at most; prompts share what decoding leaves of it.
     chunk_size: prompt tokens that one request computes in a step at most; None for the budget.
     queue_size: requests kept, waiting, running or ended.
     prefix_cache: requests that start alike share the pages of it, those of requests that ended included.
     policy: who comes first; one of `paged_flash.policies`, or a function of your own.
-    num_proposed: tokens proposed for each slot in a step, to be checked together (`paged_flash.speculation`); 0 for
-      none. The tokens that come are the same.
+    num_proposed: tokens proposed for each slot in a step (`paged_flash.speculation`); those that come are the same.
     proposer: what proposes them; by default what followed the last tokens where they stood before.
+    num_host_pages: pages of host memory, to which preempted requests are swapped; on a CPU only, so far.
+    preemption: which of them are, as far as there is room; from `paged_flash.swapping`, or a function of your own.
     steps_per_dispatch: steps that `run` makes in one program at most.
     kv_dtype: of the pool; None for the model's.
     implementation: of `paged_attention`; None for the first that supports it.
@@ -95,7 +94,9 @@ class Engine:
     prefix_cache: bool = True,
     policy: scheduler.Policy = scheduler.first_come,
     num_proposed: int = 0,
-    proposer: Proposer = speculation.lookup,
+    proposer: speculation.Proposer = speculation.lookup,
+    num_host_pages: int = 0,
+    preemption: swapping.Preemption = swapping.always,
     steps_per_dispatch: int = 32,
     kv_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
@@ -108,8 +109,9 @@ class Engine:
     for name, size in (sizes | dict(steps_per_dispatch=steps_per_dispatch)).items():
       if size is not None and size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
-    if num_proposed < 0:
-      raise ValueError(f"num_proposed must be at least 0, got {num_proposed}")
+    for name, size in dict(num_proposed=num_proposed, num_host_pages=num_host_pages).items():
+      if size < 0:
+        raise ValueError(f"{name} must be at least 0, got {size}")
     page_bytes = page_size * c.kv_values_per_token * dtype.itemsize
     if (num_pages is None) == (memory_bytes is None):
       raise ValueError(f"give either num_pages or memory_bytes, got {num_pages=} and {memory_bytes=}")
@@ -129,8 +131,7 @@ class Engine:
     if c.sliding_window is None or page_table.window_pages(c.sliding_window, chunk_size, page_size) > num_pages:
       self.max_seq_len = min(self.max_seq_len, num_pages * page_size)
     self.queue_size, self.prefix_cache, self.kv_dtype, self.debug = queue_size, prefix_cache, dtype, debug
-    self.steps_per_dispatch = steps_per_dispatch
-    self.page_bytes = page_bytes
+    self.steps_per_dispatch, self.num_host_pages, self.page_bytes = steps_per_dispatch, num_host_pages, page_bytes
     self.memory = (
       f"KV pool: {num_pages:,} pages x {page_size} tokens x {c.num_layers} layers x 2 (K, V) x {c.num_kv_heads} heads "
       f"x {c.head_dim} x {dtype.itemsize} B ({dtype.name}) = {num_pages * page_bytes:,} B "
@@ -145,6 +146,7 @@ class Engine:
       policy=policy,
       num_proposed=num_proposed,
       proposer=proposer,
+      preemption=preemption,
     )
     self._step = jax.jit(functools.partial(pure.step, model, settings), donate_argnames="kv")
     run = functools.partial(pure.run, model, settings, most=steps_per_dispatch)
@@ -167,6 +169,7 @@ class Engine:
       max_seq_len=self.max_seq_len,
       prefix_cache=self.prefix_cache,
       window=c.sliding_window,
+      num_host_pages=self.num_host_pages,
     )
     kv = kv_pages.init(
       num_layers=c.num_layers,
@@ -175,6 +178,7 @@ class Engine:
       num_kv_heads=c.num_kv_heads,
       head_dim=c.head_dim,
       dtype=self.kv_dtype,
+      num_host_pages=self.num_host_pages,
     )
     return EngineState(scheduler=state, kv=kv, idle=True, stops={})
 
@@ -389,7 +393,8 @@ class Engine:
     if cuts:
       live = bool(np.asarray(sched.live).any())
     if self.debug:
-      page_table.check(sched.table)
+      for table in filter(None, (sched.table, sched.host)):
+        page_table.check(table)
       if sched.index is not None:
         prefix.check(sched.index, sched.table)
     return EngineState(scheduler=sched, kv=kv, idle=not live, stops=stops), out

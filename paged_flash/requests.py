@@ -85,7 +85,9 @@ class Events:
   tokens: tuple[Event, ...]
   ended: tuple[int, ...]  # requests that ended without a token, because the pool can never hold them
   admitted: Mapping[int, int]  # requests that got a slot, with the tokens that they need not compute
-  preempted: Mapping[int, int]  # requests that lost their slot, with the tokens that they had computed
+  preempted: Mapping[int, int]  # requests that lost their slot, with the tokens that they must compute again
+  swapped_out: Mapping[int, int]  # those of them that went to host memory instead, with the pages copied
+  swapped_in: Mapping[int, int]  # admitted requests that came back from there, with the pages copied
   proposed: Mapping[int, int]  # requests for which tokens were proposed (`speculation`), and how many
   accepted: Mapping[int, int]  # how many of these they got: tokens beyond the one that was due
   cut: Mapping[int, tuple[int, ...]]  # tokens computed after a stop string and thrown away
@@ -116,6 +118,8 @@ class Events:
       proposed={names[id]: n for id, n in self.proposed.items()},
       accepted={names[id]: n for id, n in self.accepted.items()},
       cut={names[id]: ids for id, ids in self.cut.items()},
+      swapped_out={names[id]: n for id, n in self.swapped_out.items()},
+      swapped_in={names[id]: n for id, n in self.swapped_in.items()},
     )
 
   def __iter__(self) -> Iterator[Event]:
@@ -370,6 +374,8 @@ def for_host(
         proposed=_numbered(guessed, step.proposed),
         accepted=_numbered(guessed, step.counts - 1),
         cut=cut,
+        swapped_out=_numbered(np.where(step.swapped_out > 0, step.preempted, NOBODY), step.swapped_out),
+        swapped_in=_numbered(np.where(step.swapped_in > 0, step.admitted, NOBODY), step.swapped_in),
         running=tuple(step.running.tolist()),
         **{name: int(getattr(step, name)) for name in counts},
       )

@@ -14,13 +14,14 @@ beside decoding, Agrawal et al. 2024 (Sarathi-Serve); pages found again after th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_flash import sharing, speculation
+from paged_flash import sharing, speculation, swapping
 from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE, cdiv
 from paged_flash.state import (
@@ -54,6 +55,7 @@ def init(
   prefix_cache: bool = True,
   tokens_per_content: int = 1,
   window: int | None = None,
+  num_host_pages: int = 0,
 ) -> State:
   """An empty state.
 
@@ -69,14 +71,14 @@ def init(
     tokens_per_content: 1 for a model. A simulation may have one number for so many tokens (it divides `page_size`):
       then `Requests.tokens` holds these, those of the output too from the start, and C counts them.
     window: tokens that each token sees, itself included, on every layer; None for all. Pages behind it are let go.
+    num_host_pages: pages of host memory to swap preempted requests to.
   """
-  table = page_table.init(
-    num_slots=num_slots, pages_per_slot=pages_per_slot, num_pages=num_pages, page_size=page_size, window=window
-  )
   R = num_requests
+  make = functools.partial(page_table.init, pages_per_slot=pages_per_slot, page_size=page_size, window=window)
   index = prefix.init(num_pages=num_pages, width=page_size // tokens_per_content)
   return State(
-    table=table,
+    table=make(num_slots=num_slots, num_pages=num_pages),
+    host=make(num_slots=R, num_pages=num_host_pages) if num_host_pages else None,
     index=index if prefix_cache and max_seq_len else None,
     requests=blank(R, max_seq_len, num_stop_ids),
     arrival=jnp.full(R, NOBODY, jnp.int32),
@@ -134,6 +136,7 @@ def plan(
   chunk_size: int | None = None,
   policy: Policy = first_come,
   proposals: jax.Array | None = None,
+  preemption: swapping.Preemption = swapping.always,
 ) -> tuple[State, StepPlan]:
   """Decides one step: admits, shares, schedules within the token budget, grants, preempts where it must.
 
@@ -142,8 +145,8 @@ def plan(
   2. Every decoding slot gets its token; what is left of the budget goes to prefill chunks in order.
   3. Waiting requests are admitted while the pages of their whole prompts (behind a window, those that they will hold at
      once) fit what is free and not yet spoken for.
-  4. When the pool cannot serve the running requests, the last in order lose their pages (preempted, to be
-     recomputed later), as few as will do; the last one that need not lose them only pauses.
+  4. When the pool cannot serve the running requests, the last in order lose their pages (preempted, to be recomputed
+     later, or to be copied back from host memory), as few as will do; the last that need not lose them only pauses.
   5. What budget and pages are left goes to proposed tokens, if no prompt is being computed.
 
   The first running request in order is always served: when all others have given way and its pages are still not
@@ -155,6 +158,7 @@ def plan(
     chunk_size: prompt tokens that one request computes in one step at most; None for the budget.
     policy: who is admitted first and preempted last.
     proposals: i32[S, K], what may follow the tokens of the request in each slot; NOBODY past their end.
+    preemption: which victims to swap to host memory, if it has room.
 
   Returns:
     state: with slots filled and pages granted.
@@ -174,7 +178,7 @@ def plan(
   row = jnp.where(was_running, state.running, queue[jnp.minimum(number, R - 1)])
   slot = jnp.lexsort((state.arrival[row], rank[row], jnp.where(was_running, 0, 2 - waits)))
   row, runs, waits = row[slot], was_running[slot], waits[slot]
-  num_tokens = state.requests.num_tokens[row]
+  num_tokens, stored = state.requests.num_tokens[row], swapping.stored(state)[row]
 
   pages, there = lax.cond(
     jnp.any(waits),
@@ -183,8 +187,14 @@ def plan(
     state,
     row,
     waits,
+    stored,
   )
-  computed = jnp.where(runs, table.seq_lens[slot], there)
+  there = jnp.where(runs, table.seq_lens[slot], there)  # tokens in pages held or found
+  computed = jnp.where(waits, jnp.maximum(there, stored), there)  # and in host memory
+  first, place = page_table.first_seen(table, computed), jnp.arange(table.pages_per_slot)
+  returns = computed > there
+  pages = jnp.where(returns[:, None] & (place < first[:, None]), NO_PAGE, pages)
+  there = jnp.where(returns, jnp.maximum(there, first * table.page_size), there)
   remaining = num_tokens - computed
 
   # 2. Tokens.
@@ -194,21 +204,20 @@ def plan(
   take = jnp.where(decodes, 1, jnp.clip(token_budget - before, 0, wanted))
 
   # 3. Pages. A running request speaks for all its known tokens, so that an admission cannot starve its prefill.
-  def grown(tokens):  # pages to take, to go from `computed` to `computed + tokens`
-    return cdiv(computed + tokens, table.page_size) - cdiv(computed, table.page_size) + (copies & (tokens > 0))
+  def grown(tokens):  # pages to take, to go from those `there` to `computed + tokens`
+    return cdiv(computed + tokens, table.page_size) - cdiv(there, table.page_size) + (copies & (tokens > 0))
 
-  last = table.pages[slot, jnp.maximum(cdiv(computed, table.page_size) - 1, 0)]
-  copies = (computed % table.page_size > 0) & (waits | (runs & (table.ref_counts[last] > 1)))
+  last = table.pages[slot, jnp.maximum(cdiv(there, table.page_size) - 1, 0)]
+  copies = (there % table.page_size > 0) & (waits | (runs & (table.ref_counts[last] > 1)))
   need = jnp.where(runs, grown(take), 0)
-  first = page_table.first_seen(table, computed)
-  revived = (pages >= 0) & (jnp.arange(table.pages_per_slot) >= first[:, None]) & (table.ref_counts[pages] == 0)
+  revived = (pages >= 0) & (place >= first[:, None]) & (table.ref_counts[pages] == 0)
   revived = jnp.sum(revived, axis=1)  # free pages that become held
   spoken_for = jnp.where(runs, grown(remaining), jnp.where(waits, grown(remaining + 1) + revived, 0))
   if table.window is not None:  # no request ever holds more at once than a window and a chunk fill
     most = page_table.window_pages(table.window, chunk_size, table.page_size)
     held = jnp.where(runs, cdiv(computed, table.page_size) - first - copies, 0)
     spoken_for = jnp.minimum(spoken_for, most - held)
-  shared = jnp.take_along_axis(pages, jnp.maximum(cdiv(computed, table.page_size) - 1, 0)[:, None], axis=1)[:, 0]
+  shared = jnp.take_along_axis(pages, jnp.maximum(cdiv(there, table.page_size) - 1, 0)[:, None], axis=1)[:, 0]
   spoken_for += waits & copies & (table.ref_counts[shared] == 1)  # its only holder so far will have to copy it too
   free = table.num_free
   blocked = waits & ((take == 0) | (jnp.cumsum(spoken_for) > free))
@@ -216,7 +225,7 @@ def plan(
   admitted = waits & (jnp.cumsum(blocked) == 0) & ~starved
 
   # 4. Preemption.
-  served, kept = lax.cond(starved, _victims, lambda *_: (runs, runs), state, slot, runs, need, free)
+  served, kept = lax.cond(starved, swapping.served, lambda *_: (runs, runs), state, slot, runs, need, free)
   victims = runs & ~kept
   hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted)
   doomed = jnp.where(hopeless[0], row[0], NOBODY)
@@ -225,28 +234,32 @@ def plan(
   # Back to slot order, and into the table.
   back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
   row, kept, admitted, victims, take, decodes = (a[back] for a in (row, kept, admitted, victims, take, decodes))
-  pages, computed, num_tokens = pages[back], computed[back], num_tokens[back]
+  pages, there, computed, num_tokens = pages[back], there[back], computed[back], num_tokens[back]
   rows = jnp.where(kept | admitted, row, NOBODY)
-  state_out = sharing.release(state, victims)
+  state_out, swap_out = swapping.swap_out(state, victims, preemption)
+  state_out = sharing.release(state_out, victims)
   table = lax.cond(
     jnp.any(admitted),
-    lambda t: page_table.attach(t, jnp.where(admitted, jnp.arange(S), NOBODY), pages, computed),
+    lambda t: page_table.attach(t, jnp.where(admitted, jnp.arange(S), NOBODY), pages, there),
     lambda t: t,
     state_out.table,
   )
   state_out = sharing.trim(dataclasses.replace(state_out, table=table))  # of what is found, it holds the last window
   table, index, spared = state_out.table, state_out.index, None
+  restored = jnp.where(admitted, computed - there, 0)
 
   # 5. Proposed tokens.
   proposals = jnp.zeros((S, 0), jnp.int32) if proposals is None else proposals
+  proposals = jnp.where(jnp.any(restored > 0), NOBODY, proposals)  # their pages are not granted yet
   guesses = speculation.afforded(state_out, row, decodes, take, proposals, token_budget)
   take += guesses
   if index is not None:
-    short = jnp.sum(page_table.need(table, take)[0]) - page_table.count_true((table.ref_counts == 0) & ~index.cached)
-    index = prefix.evict(index, table, short)
+    need = jnp.sum(page_table.need(table, restored + take)[0])
+    index = prefix.evict(index, table, need - page_table.count_true((table.ref_counts == 0) & ~index.cached))
     spared = index.cached
+  state_out, swap_in = swapping.swap_in(state_out, jnp.where(admitted, row, R), restored, spared)
   most = cdiv(token_budget, table.page_size) + 2 * S
-  table, page_copies, granted = page_table.extend(table, take, max_pages=most, spared=spared)
+  table, page_copies, granted = page_table.extend(state_out.table, take, max_pages=most, spared=spared)
   take = jnp.where(granted, take, 0)
 
   state_out = dataclasses.replace(
@@ -266,9 +279,11 @@ def plan(
     cached=jnp.where(admitted, computed, 0),
     admitted=admitted,
     filled=sharing.filled(computed, computed + take, table.page_size, token_budget // table.page_size + S),
+    swap_out=swap_out,
+    swap_in=swap_in,
     copies=page_copies,
     preempted=jnp.where(victims, state.arrival[row], NOBODY),
-    lost=jnp.where(victims, computed, 0),
+    lost=jnp.where(victims & (swapping.moved(swap_out, row) == 0), computed, 0),
     doomed=doomed,
   )
 
@@ -317,6 +332,8 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     cached=plan.cached,
     preempted=plan.preempted,
     lost=plan.lost,
+    swapped_out=swapping.moved(plan.swap_out, row),
+    swapped_in=swapping.moved(plan.swap_in, row),
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
     running=ids(row >= 0),
     num_waiting=jnp.sum(state.waiting, dtype=jnp.int32),
@@ -344,7 +361,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     finish=state.finish.at[jnp.where(done, row, R)].set(finish, mode="drop").at[doomed].set(LENGTH, mode="drop"),
     running=jnp.where(done, NOBODY, row),
   )
-  return state, events
+  return swapping.forget(state, ~state.live), events
 
 
 def cancel(
@@ -365,34 +382,10 @@ def cancel(
   num_tokens = state.requests.num_tokens
   if keep is not None:
     num_tokens = jnp.where(is_it, jnp.minimum(num_tokens, state.requests.prompt_lens + keep), num_tokens)
-  state = sharing.release(state, state.running == row)
+  state = swapping.forget(sharing.release(state, state.running == row), is_it)
   return dataclasses.replace(
     state,
     requests=dataclasses.replace(state.requests, num_tokens=num_tokens),
     finish=jnp.where(is_it, finish, state.finish),
     running=jnp.where(state.running == row, NOBODY, state.running),
   )
-
-
-def _victims(state: State, slot, runs, need, free) -> tuple[jax.Array, jax.Array]:
-  """Whom to serve and whom to keep when the pool cannot serve all. Everything [S], in the order of `plan`.
-
-  Serving the first m requests takes the sum of their needs; pages come from the free ones and from those that only
-  later requests hold. Both sides are monotone in m, so the most that can be served is a count.
-
-  Returns:
-    served: bool[S] compute in this step.
-    kept: bool[S] keep their slots and pages: the served, and the one after them if its pages are not needed.
-  """
-  S, table = runs.size, state.table
-  rank = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
-  held = jnp.where(table.pages >= 0, table.pages, table.num_pages)
-  first = jnp.full(table.num_pages, S).at[held].min(rank[:, None], mode="drop")  # first holder of each page
-  only = jnp.zeros(S, jnp.int32).at[first].add(1, mode="drop")
-  freed = jnp.cumsum(only[::-1])[::-1]  # freed[m]: pages held by nobody before rank m
-  cost = jnp.cumsum(need)  # cost[m - 1]: to serve the first m
-  m = jnp.sum(runs & (cost <= free + jnp.pad(freed[1:], (0, 1))))
-  spent = jnp.where(m > 0, cost[m - 1], 0)
-  pauses = spent <= free + jnp.where(m + 1 < S, freed[jnp.minimum(m + 1, S - 1)], 0)
-  order = jnp.arange(S)
-  return runs & (order < m), runs & (order < m + pauses)

@@ -59,8 +59,11 @@ def matched(state: State, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.pad(pages, ((0, 0), (0, table.pages_per_slot - P)), constant_values=NO_PAGE), hits
 
 
-def found(state: State, row: jax.Array, waits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """For each candidate that waits, pages that hold its first tokens (i32[S, P]), and how many tokens (i32[S])."""
+def found(state: State, row: jax.Array, waits: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """For each candidate that waits, pages that hold its first tokens (i32[S, P]), and how many tokens (i32[S]).
+
+  Pages of another sample only if they hold more than host memory does (`stored` tokens, i32[S]).
+  """
   table, requests = state.table, state.requests
   pages, hits = matched(state, row)
   there = hits * table.page_size
@@ -70,7 +73,7 @@ def found(state: State, row: jax.Array, waits: jax.Array) -> tuple[jax.Array, ja
   same = (first[state.running] == first[row][:, None]) & (first[row] >= 0)[:, None] & (state.running >= 0)
   same &= table.seq_lens >= prompts[:, None]
   same &= table.pages[:, page_table.first_seen(table, prompts - 1)].T >= 0  # not yet behind its window
-  sample = jnp.any(same, axis=1) & (prompts - 1 > there)
+  sample = jnp.any(same, axis=1) & (prompts - 1 > jnp.maximum(there, stored))
   pages = jnp.where(sample[:, None], table.pages[jnp.argmax(same, axis=1)], pages)
   there = jnp.where(waits, jnp.where(sample, prompts - 1, there), 0)
   return jnp.where(jnp.arange(pages.shape[1]) < cdiv(there, table.page_size)[:, None], pages, NO_PAGE), there

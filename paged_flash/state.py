@@ -69,6 +69,7 @@ class State:
   """
 
   table: PageTable  # [S]
+  host: PageTable | None  # [R]  what preempted requests keep in host memory; None where there is none
   index: PrefixIndex | None  # what the pool's full pages hold; None where prefixes are not shared
   requests: Requests  # [R]
   arrival: jax.Array  # i32[R]  number of the request, in order of arrival: its id; NOBODY in a row never used
@@ -101,9 +102,11 @@ class StepPlan:
   cached: jax.Array  # i32[S]  of a request admitted now: tokens that it need not compute, because their pages are there
   admitted: jax.Array  # bool[S]
   filled: jax.Array  # i32[2, F]  slot and place of the pages that the step fills; slot S for none
+  swap_out: PageCopies | None  # [S, P]  from the pool into host memory, to make before anything else
+  swap_in: PageCopies | None  # [S, P]  from host memory into the pool, to make next
   copies: PageCopies  # [S]  to make before anything is written
   preempted: jax.Array  # i32[S]  id of the request that lost the slot; NOBODY
-  lost: jax.Array  # i32[S]  tokens that it had computed
+  lost: jax.Array  # i32[S]  tokens that it had computed and must compute again
   doomed: jax.Array  # i32[]  row of a request that no pool state can serve any more; NOBODY
 
   @property
@@ -141,7 +144,9 @@ class StepEvents:
   admitted: jax.Array  # i32[S]  ids that got their slot
   cached: jax.Array  # i32[S]  tokens that these need not compute
   preempted: jax.Array  # i32[S]  ids that lost their slot
-  lost: jax.Array  # i32[S]  tokens that these had computed
+  lost: jax.Array  # i32[S]  tokens that these must compute again
+  swapped_out: jax.Array  # i32[S]  pages of theirs copied into host memory; 0 where it is recomputed
+  swapped_in: jax.Array  # i32[S]  pages of the admitted copied from there
   num_scheduled: jax.Array  # i32[]  tokens computed
   running: jax.Array  # i32[S]  the request in each slot during the step; NOBODY
   num_waiting: jax.Array  # i32[]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_flash import attention, sampling, scheduler, speculation
+from paged_flash import attention, sampling, scheduler, speculation, swapping
 from paged_flash.cache import kv_pages
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import NO_PAGE, count_upto
@@ -31,6 +31,7 @@ class Settings:
   chunk_size: int  # of these, prompt tokens of one request
   implementation: str | None  # of `paged_attention`
   policy: scheduler.Policy  # who comes first
+  preemption: swapping.Preemption  # which victims are swapped to host memory
   num_proposed: int = 0  # K, tokens proposed for each slot; 0: no speculation
   proposer: Proposer = speculation.lookup
 
@@ -43,6 +44,7 @@ def plan(settings: Settings, state: State) -> tuple[State, StepPlan]:
     token_budget=settings.token_budget,
     chunk_size=settings.chunk_size,
     policy=settings.policy,
+    preemption=settings.preemption,
     proposals=proposals,
   )
 
@@ -66,7 +68,7 @@ def step(
     live: bool[], whether any request is left.
   """
   state, made = plan(settings, state)
-  kv = kv_pages.copy(kv, made.copies)
+  kv = kv_pages.copy(kv_pages.swap(kv, made.swap_out, made.swap_in), made.copies)
   S, W = made.rows.size, 1 + settings.num_proposed
   guesses = jnp.any(made.num_proposed > 0)
   said = jnp.zeros((S, W), jnp.int32), jnp.zeros((S, W))

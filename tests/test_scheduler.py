@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from paged_flash import policies, scheduler, step
+from paged_flash import policies, scheduler, step, swapping
 from paged_flash.cache import page_table, prefix
 from paged_flash.cache.page_table import NO_PAGE
 from paged_flash.requests import Params, rows
@@ -28,8 +28,9 @@ commit = jax.jit(scheduler.commit)
 
 
 @functools.cache
-def planner(token_budget, chunk_size, policy):
-  return jax.jit(functools.partial(scheduler.plan, token_budget=token_budget, chunk_size=chunk_size, policy=policy))
+def planner(token_budget, chunk_size, policy, preemption=swapping.always):
+  sizes = dict(token_budget=token_budget, chunk_size=chunk_size, policy=policy, preemption=preemption)
+  return jax.jit(functools.partial(scheduler.plan, **sizes))
 
 
 @functools.cache
@@ -68,6 +69,8 @@ class Server:
     max_seq_len=32,
     cache=True,
     policy=scheduler.first_come,
+    host=0,
+    preemption=swapping.always,
   ):
     self.state = scheduler.init(
       num_slots=slots,
@@ -77,9 +80,12 @@ class Server:
       num_requests=queue,
       max_seq_len=max_seq_len,
       prefix_cache=cache,
+      num_host_pages=host,
     )
+    self.preemption = preemption
     self.budget, self.chunk, self.max_seq_len, self.slots, self.policy = budget, chunk, max_seq_len, slots, policy
     self.contents = np.full((pages, page_size), -1)
+    self.host_contents = np.full((host, page_size), -1)
     self.asked, self.got, self.ended, self.log = {}, {}, {}, []
     self.oracle = Oracle(page_size, budget, chunk, policy, cache)
 
@@ -115,8 +121,25 @@ class Server:
     self.contents, self.oracle = contents.copy(), oracle.copy()
     self.asked, self.ended, self.got = dict(asked), dict(ended), {id: list(tokens) for id, tokens in got.items()}
 
+  def stores(self):
+    """What pages hold, and host pages."""
+    return [(self.contents, self.host_contents)]
+
+  def swap(self, plan):
+    """Makes the copies between the pool and host memory."""
+    for pages, host in self.stores():
+      for (a, b), copies in (((pages, host), plan.swap_out), ((host, pages), plan.swap_in)):
+        if copies is None:
+          continue
+        there = np.asarray(copies.dst) >= 0
+        assert (np.asarray(copies.src)[there] >= 0).all()
+        b[np.asarray(copies.dst)[there]] = a[np.asarray(copies.src)[there]]
+
   def check(self):
     page_table.check(self.state.table)
+    if self.state.host is not None:
+      page_table.check(self.state.host)
+      assert not np.asarray(self.state.host.seq_lens)[~np.asarray(self.state.waiting)].any()
     if (index := self.state.index) is not None:
       prefix.check(index, self.state.table)
       cached = np.asarray(index.cached)  # what the index says of a page is what the page holds
@@ -130,8 +153,9 @@ class Server:
     before = self.state
     frozen = jax.tree.map(np.array, before)
     proposals = self.proposals()
-    wanted = self.oracle.plan(before) if proposals is None else {}
-    state, plan = planner(self.budget, self.chunk, self.policy)(before, proposals=proposals)
+    wanted = self.oracle.plan(before) if proposals is None and before.host is None else {}  # it knows of neither
+    state, plan = planner(self.budget, self.chunk, self.policy, self.preemption)(before, proposals=proposals)
+    self.swap(plan)
     page_table.check(state.table)
     if state.index is not None:
       prefix.check(state.index, state.table)
@@ -158,7 +182,7 @@ class Server:
       for k in range(proposed[slot] + 1):
         tokens[slot, k] = next_token(read[: int(packed.kv_lens[slot]) - proposed[slot] + k])
     self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(tokens.shape))
-    if proposals is None:  # which the oracle does not know of
+    if wanted:
       self.oracle.commit(state, plan, self.state)
       assert self.cached(self.state) == set(self.oracle.library.values())
     self.check()
@@ -188,6 +212,7 @@ class Server:
       if id in self.ended:
         assert (self.got[id], self.ended[id]) == expected(prompt, params), f"request {id}"
     assert int(self.state.table.num_free) == self.state.table.num_pages
+    assert self.state.host is None or int(self.state.host.num_free) == self.state.host.num_pages
 
 
 def prompt_of(n, seed=0):

@@ -1,12 +1,14 @@
 """The simulator against arithmetic that can be done by hand, and against the engine's own steps."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_flash import models, policies
+from paged_flash import models, policies, swapping
 from paged_flash.analysis import Trace
 from paged_flash.engine import Engine
 from paged_flash.models import ModelConfig
@@ -55,6 +57,28 @@ def test_a_static_batch_waits_for_its_longest_request():
   )
   assert static.log.running.tolist() == [2, 2, 1, 1, 1, 2, 1, 1] and static.end.tolist() == [2, 5, 8, 6]
   assert flowing.log.running.tolist() == [2, 2, 2, 2, 2, 1] and flowing.end.tolist() == [2, 5, 5, 6]
+
+
+def test_victims_swap_or_recompute_by_what_it_costs():
+  rng = np.random.default_rng(0)
+  prompts, outputs = rng.integers(1, 30, 40), rng.integers(1, 20, 40)
+  clock = dataclasses.replace(CLOCK, kv_bytes=1, bandwidth=1e9, host_bandwidth=8, copy_s=0.5)
+  run: dict[str, Any] = dict(num_slots=8, token_budget=32, latency=clock)
+  memory = Paged(num_pages=14, page_size=4, num_host_pages=200)
+  assert clock.cheaper(4)(jnp.array([3, 4, 5]), jnp.array([2, 2, 2])).tolist() == [False, False, True]
+  always, never, cheaper = (
+    simulate(prompts, outputs, memory=memory, preemption=how, **run)
+    for how in (swapping.always, swapping.never, clock.cheaper(4))
+  )
+  tokens = (prompts + outputs - 1).sum()
+  for served in (always, never, cheaper):
+    assert served.num_outputs.tolist() == outputs.tolist() and served.preemptions.sum() > 0 and served.stride == 1
+    assert served.log.scheduled.sum() == tokens + served.log.lost.sum()
+  assert always.log.swapped.sum() > 0 and always.log.scheduled.sum() == tokens
+  assert never.log.swapped.sum() == 0 and never.log.lost.sum() > 0
+  # By hand: a step is a second, and so is each token; a page copied, one way, is a second.
+  for served in (always, never):
+    assert served.seconds == served.num_steps + served.log.scheduled.sum() + served.log.swapped.sum()
 
 
 def test_arrivals_and_the_clock_by_hand():

@@ -52,12 +52,19 @@ class WindowServer(Server):
     super().__init__(**sizes)
     self.window = window
     self.state = dataclasses.replace(self.state, table=dataclasses.replace(self.state.table, window=window))
+    if (host := self.state.host) is not None:
+      self.state = dataclasses.replace(self.state, host=dataclasses.replace(host, window=window))
     self.chains = np.zeros(self.contents.shape, np.int64)
+    self.host_chains = np.zeros(self.host_contents.shape, np.int64)
     self.most_held = self.forgotten = 0
+
+  def stores(self):
+    return [*super().stores(), (self.chains, self.host_chains)]
 
   def step(self):
     before = self.state
-    state, plan = planner(self.budget, self.chunk, self.policy)(before)
+    state, plan = planner(self.budget, self.chunk, self.policy, self.preemption)(before)
+    self.swap(plan)
     page_table.check(state.table)
     if state.index is not None:
       assert before.index is not None

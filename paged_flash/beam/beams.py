@@ -178,6 +178,8 @@ def plan(beams: BeamState, *, token_budget: int, chunk_size: int) -> tuple[BeamS
     cached=jnp.zeros(S, jnp.int32),
     admitted=jnp.zeros(S, bool),
     filled=jnp.zeros((2, 0), jnp.int32),
+    swap_out=None,
+    swap_in=None,
     copies=copies,
     preempted=jnp.where(victims, state.arrival[:S], NOBODY),
     lost=jnp.where(victims, state.table.seq_lens, 0),

@@ -2,9 +2,10 @@
 
 The pool is the one big thing: gigabytes, *linear* and always donated. Whoever is handed one consumes it and returns
 the next; the arrays it was made of must not be used again. It is flattened over layers, page `p` of layer `l` being
-row `l * N + p`, so that XLA updates it in place and never slices a layer out of it.
+row `l * N + p`, so that XLA updates it in place and never slices a layer out of it. Beside it there may be pages in
+host memory, to which those of preempted requests are copied (`swap`).
 
-Source: Kwon et al. 2023, section 4.1.
+Source: Kwon et al. 2023, sections 4.1 and 4.5.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ class KVPages:
 
   k: jax.Array  # dtype[L*N, page_size, K, D]
   v: jax.Array  # dtype[L*N, page_size, K, D]
+  host: tuple[jax.Array, jax.Array] | None  # K and V of H host pages, dtype[L*H, page_size, K, D] each
   num_layers: int = dataclasses.field(metadata=dict(static=True))
 
   @property
@@ -36,11 +38,27 @@ class KVPages:
 
 
 def init(
-  *, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+  *,
+  num_layers: int,
+  num_pages: int,
+  page_size: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: jax.typing.DTypeLike,
+  num_host_pages: int = 0,
 ) -> KVPages:
-  """A pool of zeros (never garbage: a NaN in a page that nobody owns must not exist)."""
-  shape = (num_layers * num_pages, page_size, num_kv_heads, head_dim)
-  return KVPages(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), num_layers=num_layers)
+  """A pool of zeros (never garbage: a NaN in a page that nobody owns must not exist).
+
+  Raises:
+    ValueError: host pages on another backend than a CPU.
+  """
+  if num_host_pages and jax.default_backend() != "cpu":
+    raise ValueError(f"num_host_pages must be 0 on {jax.default_backend()}, so far, got {num_host_pages}")
+  k, v, *host = (
+    jnp.zeros((num_layers * n, page_size, num_kv_heads, head_dim), dtype)
+    for n in (num_pages, num_pages, num_host_pages, num_host_pages)
+  )
+  return KVPages(k=k, v=v, host=(host[0], host[1]) if num_host_pages else None, num_layers=num_layers)
 
 
 def resize(kv: KVPages, num_pages: int) -> KVPages:
@@ -94,3 +112,36 @@ def copy(kv: KVPages, copies: PageCopies) -> KVPages:
 
   k, v = lax.fori_loop(0, jnp.sum(copies.dst != NO_PAGE), body, (kv.k, kv.v))
   return dataclasses.replace(kv, k=k, v=v)
+
+
+def swap(kv: KVPages, out: PageCopies | None, back: PageCopies | None) -> KVPages:
+  """Copies pages of all layers into host memory, then others from there into the pool. Consumes `kv`.
+
+  Args:
+    kv: the pool; consumed.
+    out: `src` pages of the pool, `dst` host pages, of any one shape; None for none.
+    back: `src` host pages, `dst` pages of the pool; None for none.
+  """
+  if kv.host is not None and out is not None:
+    kv = dataclasses.replace(kv, host=_move((kv.k, kv.v), kv.host, out, kv.num_layers))
+  if kv.host is not None and back is not None:
+    k, v = _move(kv.host, (kv.k, kv.v), back, kv.num_layers)
+    kv = dataclasses.replace(kv, k=k, v=v)
+  return kv
+
+
+def _move(
+  source: tuple[jax.Array, jax.Array], target: tuple[jax.Array, jax.Array], copies: PageCopies, num_layers: int
+) -> tuple[jax.Array, jax.Array]:
+  """`target` with pages of `source` in it; the loop runs once per page."""
+  src, dst = copies.src.reshape(-1), copies.dst.reshape(-1)
+  todo = jnp.flatnonzero(dst != NO_PAGE, size=dst.size, fill_value=0)
+  layers = jnp.arange(num_layers)
+
+  def body(i, target):
+    rows = [layers * (pool.shape[0] // num_layers) for pool in (source[0], target[0])]
+    rows = rows[0] + src[todo[i]], rows[1] + dst[todo[i]]
+    return tuple(t.at[rows[1]].set(s[rows[0]], unique_indices=True) for s, t in zip(source, target, strict=True))
+
+  k, v = lax.fori_loop(0, jnp.sum(dst != NO_PAGE), body, target)
+  return k, v

@@ -17,7 +17,7 @@ import numpy as np
 from paged_flash import scheduler
 from paged_flash.cache import kv_pages
 from paged_flash.cache.kv_pages import KVPages
-from paged_flash.cache.page_table import NO_PAGE, cdiv
+from paged_flash.cache.page_table import NO_PAGE, PageCopies, cdiv
 from paged_flash.cache.prefix import ABSENT
 from paged_flash.history import words
 from paged_flash.history.words import Moment
@@ -282,7 +282,8 @@ def rebuild(engine: Engine, state: State) -> KVPages:
   Each sequence is prefilled from its recorded tokens; pages that it shares with one already done are not computed
   again. So are the chains of pages that nobody holds and that a prefix index can still find. Chunks and batches are not
   those of the first time, so the values agree to rounding; in float32 the tokens that follow are the same. What
-  a slot let go behind a window is computed in pages beside the pool, for those that it holds.
+  a slot let go behind a window is computed in pages beside the pool, for those that it holds, and so is what requests
+  keep in host memory.
 
   Args:
     engine: whose model computes them.
@@ -294,8 +295,22 @@ def rebuild(engine: Engine, state: State) -> KVPages:
   kv, chunk, size = engine.init().kv, engine.settings.chunk_size, state.table.page_size
   _, plan = engine.plan(state)  # gives the shapes
   S, N, P, C = plan.rows.size, state.table.num_pages, state.table.pages_per_slot, state.requests.tokens.shape[1]
-  beside = 0 if state.table.window is None else P
+  beside = 0 if state.table.window is None and state.host is None else P
   kv = kv_pages.resize(kv, N + beside)
+
+  def fill(kv, held, tokens, first):
+    # The sequence sits in slot 0 and row 0 of a state of its own, and a plan computes a chunk of it.
+    pages = np.pad(held, (0, P - len(held)), constant_values=NO_PAGE)
+    table = dataclasses.replace(state.table, pages=state.table.pages.at[0].set(pages))
+    rows = state.requests.tokens.at[0].set(np.pad(tokens, (0, C - len(tokens))))
+    alone = dataclasses.replace(state, table=table, requests=dataclasses.replace(state.requests, tokens=rows))
+    for start in range(first, len(tokens), chunk):
+      count = min(chunk, len(tokens) - start)
+      one = {name: np.zeros(S, np.int32) for name in ("rows", "starts", "scheduled")}
+      one["rows"][1:], one["starts"][0], one["scheduled"][0] = NOBODY, start, count
+      kv = engine.fill(engine.model.params, alone, dataclasses.replace(plan, **one), kv=kv)[1]
+    return kv
+
   written = np.zeros(N + beside, np.int32)  # tokens in each page
   for held, tokens in _sequences(state):
     wanted = np.minimum(len(tokens) - np.arange(len(held)) * size, size)
@@ -305,16 +320,13 @@ def rebuild(engine: Engine, state: State) -> KVPages:
     written[N:] = 0
     missing = np.flatnonzero(written[held] < wanted)
     written[held] = np.maximum(written[held], wanted)
-    # The sequence sits in slot 0 and row 0 of a state of its own, and a plan computes a chunk of it.
-    pages = np.pad(held, (0, P - len(held)), constant_values=NO_PAGE)
-    table = dataclasses.replace(state.table, pages=state.table.pages.at[0].set(pages))
-    rows = state.requests.tokens.at[0].set(np.pad(tokens, (0, C - len(tokens))))
-    alone = dataclasses.replace(state, table=table, requests=dataclasses.replace(state.requests, tokens=rows))
-    for start in range(missing[0] * size, len(tokens), chunk):
-      count = min(chunk, len(tokens) - start)
-      one = {name: np.zeros(S, np.int32) for name in ("rows", "starts", "scheduled")}
-      one["rows"][1:], one["starts"][0], one["scheduled"][0] = NOBODY, start, count
-      kv = engine.fill(engine.model.params, alone, dataclasses.replace(plan, **one), kv=kv)[1]
+    kv = fill(kv, held, tokens, missing[0] * size)
+  if (host := state.host) is not None:
+    for row in np.flatnonzero(host.seq_lens).tolist():
+      tokens = np.asarray(state.requests.tokens[row])[: int(host.seq_lens[row])]
+      held = N + np.arange(cdiv(len(tokens), size))
+      kv = fill(kv, held, tokens, 0)
+      kv = kv_pages.swap(kv, PageCopies(src=jnp.asarray(held), dst=host.pages[row, : len(held)]), None)
   return kv_pages.resize(kv, N)
 
 

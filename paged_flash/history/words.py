@@ -192,17 +192,22 @@ class _Life:
     table, p = jax.tree.map(np.asarray, (plan(m.before)[0].table, plan(m.before)[1]))
     if id in m.said.preempted:
       self._preempted, self._paused, self._chunks, self.pages = self._preempted + 1, 0, [], 0
-      lines.append(f"{at}preempted, because {_need(m.before)}; {_count(m.said.preempted[id], 'computed token')} lost")
+      cost = f"{_count(m.said.preempted[id], 'computed token')} lost"
+      if id in m.said.swapped_out:
+        cost = f"swapped: {_count(m.said.swapped_out[id], 'page')} copied to host memory"
+      lines.append(f"{at}preempted, because {_need(m.before)}; {cost}")
       return lines
     slot = int(np.flatnonzero(p.rows == row)[0])
     start, count, total = int(p.starts[slot]), int(p.scheduled[slot]), int(m.before.requests.num_tokens[row])
     self.pages = int((table.pages[slot] >= 0).sum())
     if not before.size:
       verb = "resumed in" if self._preempted else "admitted into"
-      found = table.pages[slot, : cdiv(start, size)]
-      refs = table.ref_counts[found[found >= 0]]
+      pages = table.pages[slot, : cdiv(start, size)]
+      back = m.said.swapped_in.get(id, 0)
+      refs = table.ref_counts[pages[pages >= 0][: (pages >= 0).sum() - back]]
       found = [_count((refs > 1).sum(), "shared page")] if (refs > 1).any() else []
       found += [_count((refs == 1).sum(), "cached page")] if (refs == 1).any() else []
+      found += [f"{_count(back, 'page')} copied back from host memory"] if back else []
       shares = f" with {' and '.join(found)} ({_count(start, 'token')} not computed)" if start else ""
       again = " again" if self._preempted else ""
       lines.append(f"{at}{verb} slot {slot}{shares}, {_count(total - start, 'token')} to compute{again}{self._wait()}")

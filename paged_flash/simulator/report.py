@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_flash import scheduler
+from paged_flash import scheduler, swapping
 from paged_flash.cache import buddy
 from paged_flash.cache.page_table import cdiv
 from paged_flash.simulator.contiguous import reserve
@@ -24,6 +24,7 @@ class Paged:
 
   num_pages: int
   page_size: int
+  num_host_pages: int = 0  # of host memory, to swap preempted requests to
 
   @property
   def num_tokens(self) -> int:
@@ -122,6 +123,7 @@ def simulate(
   contents: np.ndarray | None = None,
   samples: int = 1,
   policy: scheduler.Policy = scheduler.first_come,
+  preemption: swapping.Preemption = swapping.always,
   is_static: bool = False,
   queue_size: int | None = None,
   log_size: int = 1024,
@@ -141,6 +143,7 @@ def simulate(
     samples: of each request, sharing its prompt's pages; contiguous memory shares nothing. R is then so many times
       as large in what is returned.
     policy: who comes first, of pages; `paged_flash.policies` has some.
+    preemption: which victims to swap, as far as there are host pages; `LatencyModel.cheaper` knows.
     is_static: batches of as many requests as there are slots, each begun when the one before has ended, as servers did
       before continuous batching (Yu et al. 2022).
     queue_size: requests that the policy sees, running and waiting; None for twice the slots, which is as good as all
@@ -159,7 +162,8 @@ def simulate(
   workloads, settings = _prepare(
     prompt_lens, output_lens, [memory], None if arrivals is None else [arrivals], num_slots=num_slots,
     token_budget=token_budget, chunk_size=chunk_size, latency=latency, log_size=log_size,
-    contents=contents, samples=samples, policy=policy, is_static=is_static, queue_size=queue_size,
+    contents=contents, samples=samples, policy=policy, preemption=preemption, is_static=is_static,
+    queue_size=queue_size,
   )  # fmt: skip
   return _served(workloads[0], _jitted(workloads[0], settings), settings.ticks_per_s)
 
@@ -177,6 +181,7 @@ def sweep(
   contents: np.ndarray | None = None,
   samples: int = 1,
   policy: scheduler.Policy = scheduler.first_come,
+  preemption: swapping.Preemption = swapping.always,
   is_static: bool = False,
   queue_size: int | None = None,
   log_size: int = 1024,
@@ -184,7 +189,7 @@ def sweep(
   """Several runs of `simulate` over the same requests, mapped into one program.
 
   Args:
-    memory: of each run; all paged with one page size, or all contiguous for one longest sequence.
+    memory: of each run; all paged with one page size and host memory, or all contiguous for one longest sequence.
     arrivals: of each run; None for all at 0.
     The others: as in `simulate`.
 
@@ -194,7 +199,8 @@ def sweep(
   workloads, settings = _prepare(
     prompt_lens, output_lens, memory, arrivals, num_slots=num_slots,
     token_budget=token_budget, chunk_size=chunk_size, latency=latency, log_size=log_size,
-    contents=contents, samples=samples, policy=policy, is_static=is_static, queue_size=queue_size,
+    contents=contents, samples=samples, policy=policy, preemption=preemption, is_static=is_static,
+    queue_size=queue_size,
   )  # fmt: skip
   outcomes = _mapped(jax.tree.map(lambda *runs: jnp.stack(runs), *workloads), settings)
   outcomes = jax.tree.map(np.asarray, outcomes)
@@ -212,7 +218,7 @@ _mapped = functools.partial(jax.jit, static_argnames="settings")(
 
 def _prepare(
   prompt_lens, output_lens, memories, arrivals, *,
-  num_slots, token_budget, chunk_size, latency, contents, samples, policy, is_static, queue_size, log_size,
+  num_slots, token_budget, chunk_size, latency, contents, samples, policy, preemption, is_static, queue_size, log_size,
 ) -> tuple[list[Workload], Settings]:  # fmt: skip
   """Checked workloads, one for each memory, and the settings they share."""
   prompts, outputs = np.asarray(prompt_lens, np.int32), np.asarray(output_lens, np.int32)
@@ -235,7 +241,7 @@ def _prepare(
   workloads = []
   for i, memory in enumerate(memories):
     if isinstance(memory, Paged):
-      kind, pages = (Paged, memory.page_size), cdiv(longest, memory.page_size)
+      kind, pages = (Paged, memory.page_size, memory.num_host_pages), cdiv(longest, memory.page_size)
       if pages > memory.num_pages:
         raise ValueError(f"num_pages must be at least {pages}, for the longest request, got {memory.num_pages}")
       blocks, size = None, memory.num_pages
@@ -274,12 +280,14 @@ def _prepare(
     num_slots=num_slots,
     num_pages=max(m.num_pages for m in memories) if isinstance(first, Paged) else num_slots,
     page_size=first.page_size if isinstance(first, Paged) else 1,
+    num_host_pages=first.num_host_pages if isinstance(first, Paged) else 0,
     max_seq_len=longest if isinstance(first, Paged) else first.max_seq_len,
     token_budget=token_budget,
     chunk_size=chunk_size,
     queue_size=queue_size,
     samples=samples,
     policy=policy,
+    preemption=preemption,
     is_static=is_static,
     latency=latency,
     ticks_per_s=per_s,

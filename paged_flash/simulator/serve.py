@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_flash import scheduler
+from paged_flash import scheduler, swapping
 from paged_flash.simulator import contiguous
 from paged_flash.simulator.contiguous import ContiguousState
 from paged_flash.simulator.latency import LatencyModel
@@ -39,12 +39,14 @@ class Settings:
   num_slots: int
   num_pages: int  # of the pool; the workload may use fewer of them
   page_size: int
+  num_host_pages: int
   max_seq_len: int  # tokens of the longest request
   token_budget: int
   chunk_size: int | None
   queue_size: int  # requests, running or waiting, that the policy sees
   samples: int  # of each prompt, where there are pages to share
   policy: scheduler.Policy
+  preemption: swapping.Preemption
   is_static: bool  # a batch begins only when the one before it has ended
   latency: LatencyModel | None  # None: a step takes a tick
   ticks_per_s: int  # of the latency model's seconds
@@ -67,6 +69,8 @@ class Stats(NamedTuple):
   shared: Any  # pages held more than once
   mapped: Any  # entries of the page table: pages that would be held if none were shared
   preempted: Any  # requests that lost their slot
+  lost: Any  # tokens that these must compute again
+  swapped: Any  # pages copied to host memory, or back from there
 
 
 @jax.tree_util.register_dataclass
@@ -139,6 +143,7 @@ def _init(workload: Workload, settings: Settings) -> State | ContiguousState:
     num_requests=settings.queue_size,
     max_seq_len=0 if workload.contents is None else workload.contents.shape[1],
     tokens_per_content=settings.page_size,
+    num_host_pages=settings.num_host_pages,
   )
   # Pages past the memory in use count as held, by nobody: so one program serves pools of several sizes.
   unused = (jnp.arange(settings.num_pages) >= workload.memory).astype(jnp.int32)
@@ -160,7 +165,9 @@ def _step(workload: Workload, settings: Settings, carry: _Carry) -> _Carry:
     stats = _stats(workload, state, plan, refused)
     state, events = contiguous.commit(state, plan, *said)
   else:
-    state, plan = scheduler.plan(state, token_budget=budget, chunk_size=chunk, policy=settings.policy)
+    state, plan = scheduler.plan(
+      state, token_budget=budget, chunk_size=chunk, policy=settings.policy, preemption=settings.preemption
+    )
     stats = _stats(workload, state, plan, refused)
     state, events = scheduler.commit(state, plan, *said)
   stats = stats._replace(waiting=(arrived - jnp.sum(out.end >= 0) - jnp.sum(events.running >= 0)).astype(jnp.float32))
@@ -170,6 +177,7 @@ def _step(workload: Workload, settings: Settings, carry: _Carry) -> _Carry:
     new, kv_lens = plan.scheduled.astype(jnp.float32), jnp.where(plan.scheduled > 0, plan.starts + plan.scheduled, 0)
     pairs = jnp.sum(new * (plan.starts + (new + 1) / 2))
     seconds = settings.latency.step_seconds(jnp.sum(new), jnp.sum(kv_lens.astype(jnp.float32)), pairs)
+    seconds += settings.latency.swap_seconds(stats.swapped, settings.page_size)
     ticks = jnp.maximum(jnp.round(seconds * settings.ticks_per_s).astype(jnp.int32), 1)
   out = _follow(out, plan, events, clock, clock + ticks)
   out = _log(_add(out, stats, ticks), stats, clock)
@@ -228,7 +236,9 @@ def _stats(workload: Workload, state: State | ContiguousState, plan: StepPlan, r
   S = plan.rows.size
   active, lens = plan.rows >= 0, inner.table.seq_lens[:S]
   none = jnp.float32(0)
+  copies = swapping.moved(plan.swap_out, plan.rows) + swapping.moved(plan.swap_in, plan.rows)
   counts = dict(running=jnp.sum(active), scheduled=jnp.sum(plan.scheduled), preempted=jnp.sum(plan.preempted >= 0))
+  counts |= dict(lost=jnp.sum(plan.lost), swapped=jnp.sum(copies))
   if isinstance(state, ContiguousState):
     final = inner.requests.prompt_lens + inner.requests.max_tokens  # i32[R]
     held, blocks = jnp.sum(state.reserved), jnp.sum(state.blocks.sizes)

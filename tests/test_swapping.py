@@ -1,0 +1,192 @@
+"""Preemption by swapping to host memory: the tokens are the same, nothing is computed twice, and the events say so."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_flash import Engine, Params, history, models, policies, swapping
+from paged_flash.cache import kv_pages
+from paged_flash.cache.page_table import NO_PAGE, PageCopies
+from paged_flash.state import NOBODY
+from tests import test_engine
+from tests.test_scheduler import Server, prompt_of
+from tests.test_window import WindowServer
+
+SMALL: dict[str, Any] = dict(slots=4, pages=8, page_size=4, budget=8, max_seq_len=32, queue=8, host=6)
+
+
+def totals(server):
+  """Over all steps: preemptions, tokens lost, pages copied out and back."""
+  names = ("lost", "swapped_out", "swapped_in")
+  sums = [sum(int(getattr(events, name).sum()) for _, events in server.log) for name in names]
+  return sum(int((events.preempted != NOBODY).sum()) for _, events in server.log), *sums
+
+
+def test_the_victim_comes_back_from_host_memory_and_computes_nothing_twice():
+  server = Server(**SMALL, cache=False)
+  prompts = [prompt_of(n, n) for n in (13, 10)]  # four and three pages of eight
+  for prompt in prompts:
+    server.submit(prompt, max_tokens=14)
+  server.finish()
+  preempted, lost, out, back = totals(server)
+  assert preempted >= 1 and lost == 0 and out == back > 0
+  assert sum(int(events.num_scheduled) for _, events in server.log) == 13 + 10 + 2 * 13  # every token once
+  (step,) = [i for i, (_, events) in enumerate(server.log) if (events.preempted == 1).any()][:1]
+  plan, events = server.log[step]
+  slot = events.preempted.tolist().index(1)
+  assert int(events.swapped_out[slot]) == int((plan.swap_out.src[slot] >= 0).sum())
+  resumed = next(events for _, events in server.log[step + 1 :] if (events.admitted == 1).any())
+  slot = resumed.admitted.tolist().index(1)
+  assert int(resumed.swapped_in[slot]) == int(events.swapped_out.sum())
+  assert int(resumed.cached[slot]) + 1 == 10 + len([1 for _, e in server.log[: step + 1] if (e.ids == 1).any()])
+
+
+def test_what_the_index_still_finds_is_not_copied_back():
+  server = Server(**SMALL)
+  for n in (13, 10):
+    server.submit(prompt_of(n, n), max_tokens=14)
+  server.finish()
+  _, lost, out, back = totals(server)
+  assert lost == 0 and 0 < back < out
+
+
+def test_without_room_in_host_memory_a_victim_is_recomputed():
+  server = Server(**{**SMALL, "host": 1}, cache=False)
+  for n in (13, 10):
+    server.submit(prompt_of(n, n), max_tokens=14)
+  server.finish()
+  preempted, lost, out, back = totals(server)
+  assert preempted >= 1 and lost > 0 and out == back == 0
+
+
+def test_the_cheaper_way():
+  costs = swapping.Cheaper(page_bytes=1000, bytes_per_s=1e6, copy_s=1e-3, tokens_per_s=1000)  # 4 ms a page, 1 a token
+  tokens, pages = jnp.array([5, 4, 0, 16, 17]), jnp.array([1, 1, 0, 4, 4])
+  assert costs(tokens, pages).tolist() == [True, False, False, False, True]
+  assert swapping.always(tokens, pages).tolist() == [True, True, False, True, True]
+  assert not swapping.never(tokens, pages).any()
+
+
+def even(tokens, pages):
+  """Some one way, some the other."""
+  return (tokens > 0) & (tokens % 2 == 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["cache", "no cache", "window"])
+def test_starved_pools(kind, seed):
+  """Requests that begin alike, samples, cancelled ones; a host pool too small for all; every token as served alone."""
+  rng = np.random.default_rng(seed)
+  sizes: dict[str, Any] = {**SMALL, "policy": policies.by_priority, "preemption": even, "cache": kind != "no cache"}
+  window: dict[str, Any] = {**sizes, "pages": 6, "max_seq_len": 64, "window": 6}
+  server = WindowServer(**window) if kind == "window" else Server(**sizes)
+  for i in range(4):
+    server.submit(prompt_of(2, i), max_tokens=20)
+  beginnings = [prompt_of(int(n), i) for i, n in enumerate(rng.integers(1, 16, 3))]
+  for i in range(10):
+    prompt = [*beginnings[rng.integers(3)][: rng.integers(1, 16)], *prompt_of(int(rng.integers(1, 5)), i)]
+    samples = int(rng.choice([1, 1, 2]))
+    server.submit_samples(prompt, samples, max_tokens=int(rng.integers(1, 13)), priority=int(rng.integers(0, 3)))
+    for _ in range(rng.integers(0, 8)):
+      server.step()
+    if rng.random() < 0.3:
+      server.cancel(int(rng.choice(sorted(server.asked))))
+  server.finish()
+  preempted, _, out, back = totals(server)
+  assert preempted > 0 and out >= back
+  if kind == "no cache":
+    assert out > 0
+
+
+def test_pages_go_out_and_come_back():
+  kv = kv_pages.init(
+    num_layers=2, num_pages=3, page_size=1, num_kv_heads=1, head_dim=1, dtype=jnp.float32, num_host_pages=2
+  )
+  kv = dataclasses.replace(kv, k=jnp.arange(1.0, 7).reshape(6, 1, 1, 1), v=-jnp.arange(1.0, 7).reshape(6, 1, 1, 1))
+  kv = kv_pages.swap(kv, PageCopies(src=jnp.array([[2, NO_PAGE, 0]]), dst=jnp.array([[1, NO_PAGE, 0]])), None)
+  assert kv.host is not None
+  assert kv.host[0].ravel().tolist() == [1, 3, 4, 6] and kv.host[1].ravel().tolist() == [-1, -3, -4, -6]
+  kv = kv_pages.swap(kv, None, PageCopies(src=jnp.array([1]), dst=jnp.array([1])))
+  assert kv.k.ravel().tolist() == [1, 3, 3, 4, 6, 6] and kv.v.ravel().tolist() == [-1, -3, -3, -4, -6, -6]
+
+
+# The engine.
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return models.load(test_engine.TINY, seed=3)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny):
+  alone, draw = test_engine.Alone(tiny), Params(temperature=0.9, seed=7)
+  params = [Params(max_tokens=20), dataclasses.replace(draw, max_tokens=25)]
+  params += [Params(max_tokens=17), dataclasses.replace(draw, max_tokens=22)]
+  prompts = [test_engine.prompt_of(n) for n in (7, 12, 17, 3)]
+  return [(prompt, p, *alone.generate(prompt, p)) for prompt, p in zip(prompts, params, strict=True)]
+
+
+SIZES: dict[str, Any] = dict(num_slots=4, num_pages=12, page_size=4, max_seq_len=48, token_budget=12, debug=True)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+  return Engine(tiny, num_host_pages=40, prefix_cache=False, steps_per_dispatch=7, **SIZES)
+
+
+@pytest.mark.parametrize("driver", ["host", "device"])
+def test_tokens_are_those_of_the_model_alone(engine, asked, driver):
+  out, back, lost = {}, {}, 0
+
+  def watch(events):
+    nonlocal lost
+    out.update(events.swapped_out)
+    back.update(events.swapped_in)
+    lost += sum(events.preempted.values())
+
+  results = engine.complete([(prompt, params) for prompt, params, *_ in asked], driver=driver, on_events=watch)
+  test_engine.check_against(asked, results)
+  assert out and back.keys() == out.keys() and lost == 0
+
+
+def test_a_run_with_swaps_is_recorded_explained_and_forked(engine, asked):
+  run = history.record(engine)
+  for prompt, params, *_ in asked:
+    run, _ = run.submit(prompt, max_tokens=params.max_tokens, temperature=params.temperature, seed=params.seed)
+  middle = None
+  while not run.now.idle:
+    run, events = run.step()
+    if events.swapped_out:
+      middle, (id,) = run.num_steps, [*events.swapped_out][:1]
+      cost = events.swapped_out[id]
+  assert middle is not None and run.replay() == run.num_steps
+  said = run.explain(id)
+  assert f"; swapped: {cost} pages copied to host memory" in said
+  assert "resumed in slot" in said and f"{cost} pages copied back from host memory" in said
+  fork = run.fork_from(middle)  # a victim is in host memory, which is not recorded
+  assert int(fork.now.scheduler.host.seq_lens.max()) > 0
+  while not fork.now.idle:
+    fork, _ = fork.step()
+  for id, (_, _, out, _) in enumerate(asked):
+    assert engine.output(fork.now, id) == out
+
+
+def test_no_pool_sized_copy_or_temporary(tiny):
+  engine = Engine(tiny, **{**SIZES, "num_pages": 4099, "num_host_pages": 2053})
+  state = engine.init()
+  compiled: Any = engine._step.lower(tiny.params, state.scheduler, state.kv).compile()
+  assert state.kv.host is not None
+  for pool in (state.kv.k, state.kv.host[0]):
+    shape = ",".join(map(str, pool.shape))
+    made = [line for line in compiled.as_text().splitlines() if f"[{shape}]" in line.split(" = ")[-1].split("(")[0]]
+    assert made and not [line for line in made if " copy(" in line or "copy-start(" in line]
+  assert compiled.memory_analysis().temp_size_in_bytes < state.kv.host[0].nbytes / 2
+
+
+def test_impossible_sizes_are_named(tiny):
+  with pytest.raises(ValueError, match="num_host_pages must be at least 0, got -1"):
+    Engine(tiny, **SIZES, num_host_pages=-1)
