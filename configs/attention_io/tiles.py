@@ -39,6 +39,6 @@ def get_config(variant: str = "full") -> Config:
     result="tiles",
   )
   smoke = dataclasses.replace(
-    full, seq_lens=(512, 1024), tiles=((1, 1), (2, 2)), temporaries=(512,), dtype="float16", at=512, result=""
+    full, seq_lens=(512, 1024), tiles=((1, 1), (2, 2)), temporaries=(512,), dtype="float32", at=512, result=""
   )
   return choose(variant, full=full, smoke=smoke)
