@@ -8,9 +8,9 @@ query tiles that see these keys, for every query head of the group, and recomput
 
 (Dao et al. 2022, Algorithm 4, transposed as in FlashAttention-3, so that P^T and dS^T can stay in registers as left
 operands; delta = rowsum(dO O) minus the cotangent of the LSE.) dK and dV stay in registers. dS^T goes through shared
-memory because both warpgroups need all of it for dQ, of which each computes one half. S^T of the next step is issued
-behind dQ and dK, so that the tensor cores have work while dQ leaves. Two warps add dQ tiles in turn to an f32 array in
-global memory by TMA.
+memory because both warpgroups need all of it for dQ, of which each computes one half. dK of a step is still on the
+tensor cores when the next step begins, and for head_dim 64 S^T of the next step is issued behind dQ. dQ of a step
+leaves when the warpgroups meet in the next one: two warps add its tiles in turn to an f32 array in global memory.
 
 Above head_dim 128 the registers hold dK and dV of 64 keys only, and the two warpgroups differ (`compute_role`): one
 computes S^T, P^T and dV, the other dP^T, dS^T and dK, and each one part of dQ's columns, which are added apart, with a
