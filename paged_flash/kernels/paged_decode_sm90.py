@@ -39,13 +39,13 @@ from paged_flash.kernels.problem import PagedOperands, PagedProblem
 ROWS = 64  # of a tile of queries
 CHUNK = 512  # tokens of a chunk, at least
 ENOUGH_ITEMS = 256  # of one sequence: they occupy a GPU
-ENOUGH_LANES = 64  # that fetch at the same time: they read as fast as memory can
+ENOUGH_LANES = 128  # that fetch at the same time: they read almost as fast as memory can
 AT_ONCE = 16  # parts that the second kernel reads at a time
 THREADS = 128  # of a block of it, each with one column of a row of O
 
 
 class Chunks(NamedTuple):
-  """How the tiles of a sequence are cut: `least` tiles to a chunk, doubled until there are at most `most` chunks."""
+  """How the tiles of a sequence are cut: into chunks of at least `least` tiles, and at most `most` of them."""
 
   least: int
   most: int
@@ -53,10 +53,7 @@ class Chunks(NamedTuple):
 
   def size(self, tiles: Any) -> Any:
     """Tiles of a chunk of a sequence of so many tiles."""
-    size, least = self.least, self.least
-    while least * self.most < self.max_tiles:
-      size, least = jnp.where(tiles > least * self.most, 2 * least, size), 2 * least
-    return size
+    return jnp.maximum(cdiv(tiles, self.most), self.least)
 
   @property
   def max_count(self) -> int:
@@ -113,13 +110,13 @@ class Segments(NamedTuple):
   count: int  # that lanes are ready for; the line may end before
 
   @classmethod
-  def cut(cls, count: int, batch: int, num_kv_heads: int, total: Any, longest: Any) -> "Segments":
+  def cut(cls, count: int, batch: int, num_kv_heads: int, enough: int, total: Any, longest: Any) -> "Segments":
     """Of a line of `total` tiles of `batch` sequences, the longest's being `longest`.
 
-    Sequences of about the same length are not cut if enough lanes fetch at a time all the same.
+    Sequences of about the same length are not cut if `enough` lanes fetch at a time all the same.
     """
     size, longest = cdiv(total, count), jnp.maximum(longest, 1)
-    is_enough = (longest * ENOUGH_LANES <= total * num_kv_heads) & (longest * batch <= 2 * total)
+    is_enough = (longest * enough <= total * num_kv_heads) & (longest * batch <= 2 * total)
     return cls(jnp.where(is_enough, lax.div(size + longest - 1, longest) * longest, size), count)
 
 
@@ -219,7 +216,8 @@ def forward(
       return jnp.where(s.count > 0, jnp.maximum(s.high - s.low, 1), 0)
 
     line = Line(p.batch, length, interpret=is_interpreted)
-    return line, Segments.cut(num_segments, p.batch, K, *line.measure())
+    enough = num_lanes if p.has_scales else ENOUGH_LANES  # widening keeps a lane busier than memory does
+    return line, Segments.cut(num_segments, p.batch, K, enough, *line.measure())
 
   def chunks_before(s, tiles):
     """How many chunks begin in the first `tiles` tiles of a sequence."""

@@ -171,11 +171,13 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
     batch, heads, lanes = int(rng.integers(1, 300)), int(rng.integers(1, 17)), 264
     lengths = np.full(batch, rng.integers(1, 400)) if case % 2 else rng.zipf(1.5, batch).clip(0, 2000)
     total, longest = int(lengths.sum()), int(lengths.max())
-    size, count = paged_decode_sm90.Segments.cut(lanes // heads, batch, heads, jnp.int32(total), jnp.int32(longest))
+    enough = int(rng.choice([64, 128, lanes]))
+    tiles = jnp.int32(total), jnp.int32(longest)
+    size, count = paged_decode_sm90.Segments.cut(lanes // heads, batch, heads, enough, *tiles)
     assert size * count >= total
-    assert size <= -(-total // count) or size * paged_decode_sm90.ENOUGH_LANES <= 2 * total * heads
+    assert size <= -(-total // count) or size * enough <= 2 * total * heads
     assert size <= -(-total // count) or longest * batch <= 2 * total
-    if case % 2 and batch * heads >= paged_decode_sm90.ENOUGH_LANES:
+    if case % 2 and batch * heads >= enough:
       assert size % longest == 0
 
 
