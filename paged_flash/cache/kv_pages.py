@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paged_flash.cache.page_table import NO_PAGE, PageCopies
+from paged_flash.kernels import kv_write_sm90
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +79,7 @@ def layer_pages(kv: KVPages, pages: jax.Array, layer: int) -> jax.Array:
 
 
 def write(kv: KVPages, layer: int, k: jax.Array, v: jax.Array, pages: jax.Array, offsets: jax.Array) -> KVPages:
-  """Writes one layer's new K and V into their pages. Consumes `kv`.
+  """Writes one layer's new K and V into their pages, by one kernel on a Hopper GPU. Consumes `kv`.
 
   Args:
     kv: the pool; consumed.
@@ -90,19 +91,26 @@ def write(kv: KVPages, layer: int, k: jax.Array, v: jax.Array, pages: jax.Array,
   Returns:
     The next pool.
   """
-  rows = jnp.where(pages == NO_PAGE, kv.k.shape[0], pages + layer * kv.num_pages)
-
-  def put(pool, new):
-    return pool.at[rows, offsets].set(new.astype(pool.dtype), mode="drop", unique_indices=True)
-
-  return dataclasses.replace(kv, k=put(kv.k, k), v=put(kv.v, v))
+  k, v = k.astype(kv.k.dtype), v.astype(kv.v.dtype)
+  rows = layer_pages(kv, pages, layer)
+  if not kv_write_sm90.supports(kv.k):
+    k, v = kv_write_sm90.write(kv.k, kv.v, k, v, rows, offsets)
+    return dataclasses.replace(kv, k=k, v=v)
+  rows = jnp.where(rows == NO_PAGE, kv.k.shape[0], rows)
+  k, v = (pool.at[rows, offsets].set(new, mode="drop", unique_indices=True) for pool, new in ((kv.k, k), (kv.v, v)))
+  return dataclasses.replace(kv, k=k, v=v)
 
 
 def copy(kv: KVPages, copies: PageCopies) -> KVPages:
   """Copies whole pages in all layers, as a plan asks before its step writes. Consumes `kv`.
 
-  The loop runs once per copy, and not at all when there is none, as in nearly every step.
+  One kernel on a Hopper GPU; elsewhere a loop that runs once per copy, and not at all when there is none, as in nearly
+  every step.
   """
+  if not kv_write_sm90.supports(kv.k):
+    src, dst = copies.src.reshape(-1), copies.dst.reshape(-1)
+    k, v = kv_write_sm90.copy(kv.k, kv.v, src, dst, kv.num_layers)
+    return dataclasses.replace(kv, k=k, v=v)
   todo = jnp.flatnonzero(copies.dst != NO_PAGE, size=copies.dst.size, fill_value=0)
   layers = jnp.arange(kv.num_layers) * kv.num_pages  # i32[L]
 
