@@ -26,6 +26,7 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
+from experiments import composition, recompute, training
 from paged_flash.analysis import (
   human_bytes,
   show_attention_bars,
@@ -66,6 +67,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "rates": lambda result: show_rates(result["rows"]),
   "batches": lambda result: show_batches([row | result["series"][row["way"]] for row in result["rows"]]),
   "stalls": lambda result: show_stalls(result["rows"]),
+  # The results of the experiments of these names.
+  "training": lambda result: training.figure(result["rows"]),
+  "recompute": lambda result: recompute.figure(result["rows"]),
+  "composition": lambda result: composition.figure(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 
