@@ -26,7 +26,7 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
-from experiments import composition, recompute, training
+from experiments import capacity, composition, recompute, training
 from paged_flash.analysis import (
   human_bytes,
   show_attention_bars,
@@ -75,6 +75,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
     result["rows"], groups="num_tokens", bars="policy", panels=dict(hit_rate="share of prompt tokens found")
   ),
   # The results of the experiments of these names.
+  "capacity": lambda result: capacity.figure(result["rows"]),
   "training": lambda result: training.figure(result["rows"]),
   "recompute": lambda result: recompute.figure(result["rows"]),
   "composition": lambda result: composition.figure(result["rows"]),
