@@ -71,8 +71,21 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "saved": lambda result: show_groups(
     result["rows"], groups="trace", bars="samples", panels=dict(saved="share of pages saved", mean_running="requests")
   ),
+  "beams": lambda result: show_groups(
+    [
+      dict(width=row["width"], who=who, saved=row[key])
+      for row in result["rows"]
+      for who, key in (("ours", "saved"), ("the paper, on Alpaca", "paper_saved"))
+    ],
+    groups="width",
+    bars="who",
+    panels=dict(saved="share of pages saved"),
+  ),
   "orderings": lambda result: show_groups(
-    result["rows"], groups="num_tokens", bars="policy", panels=dict(hit_rate="share of prompt tokens found")
+    [row | dict(memory=f"{row['num_tokens'] / 2**20:g}M tokens") for row in result["rows"]],
+    groups="memory",
+    bars="policy",
+    panels=dict(hit_rate="share of prompt tokens found"),
   ),
   # The results of the experiments of these names.
   "capacity": lambda result: capacity.figure(result["rows"]),

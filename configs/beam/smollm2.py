@@ -24,6 +24,7 @@ def get_config(variant: str = "full") -> Config:
       claim="Pages saved when the beams of widths 2, 4 and 6 share what they have in common",
       source="Kwon et al. 2023, figure 15b",
       theirs="37.6 to 55.2 % (Alpaca), 44.3 to 66.3 % (ShareGPT)",
+      figure="beams",
     ),
     result="smollm2",
   )

@@ -66,7 +66,16 @@ def show_groups(
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
   found = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-  figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+  figure.legend(
+    found.values(),
+    found.keys(),
+    loc="outside lower center",
+    ncols=4,
+    frameon=False,
+    fontsize=8,
+    title=bars.replace("_", " ") if bars != "label" else None,
+    title_fontsize=8,
+  )
   return figure
 
 
