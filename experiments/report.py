@@ -73,12 +73,12 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   ),
   "beams": lambda result: show_groups(
     [
-      dict(width=row["width"], who=who, saved=row[key])
+      dict(width=row["width"], label=who, saved=row[key])
       for row in result["rows"]
       for who, key in (("ours", "saved"), ("the paper, on Alpaca", "paper_saved"))
     ],
     groups="width",
-    bars="who",
+    bars="label",
     panels=dict(saved="share of pages saved"),
   ),
   "orderings": lambda result: show_groups(

@@ -8,7 +8,8 @@ cache holds in use before it is evicted; their cache-aware order reaches 96 % of
 FILE.jsonl is conversation_trace.jsonl or synthetic_trace.jsonl of kvcache-ai/Mooncake (Qin et al. 2025; Apache-2.0),
 the first 2000 requests, all there from the start; the policy sees 256 of them at a time. Shortest first looks at
 lengths alone. Expected: longest prefix first finds more than first come, first served where the memory is small, most
-of all on the synthetic trace, whose requests share most. `:smoke` draws lengths.
+of all on the synthetic trace, whose requests share most. Found: it does, and shortest first finds more still.
+`:smoke` draws lengths.
 """
 
 import dataclasses
