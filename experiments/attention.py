@@ -28,6 +28,7 @@ from absl import logging
 
 import paged_flash as pf
 from experiments.attention_cases import STAGES, Case, Inputs, Reference, make_inputs, references, worst_error
+from experiments.claims import Claim
 from experiments.comparison import Measured, check_names, compile_all, one_line, sampler, select, time_rows
 from experiments.peers.jax_attention import PEERS as JAX_PEERS
 from experiments.peers.jax_attention import Peer
@@ -60,6 +61,7 @@ class Config:
   compile_threads: int = 8
   seconds: float = 480.0  # no case is begun later than this
   figure: str = "bars"  # a name of FIGURES
+  claim: Claim | None = None  # 6: speed over the length
   result: str = ""  # name under experiments/results/attention/<device>/ to write to; "" writes none
 
 
@@ -217,6 +219,17 @@ def summary(measured: list[Measured], config: Config) -> list[dict[str, Any]]:
   return rows
 
 
+def judged(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """The best forward speed by the matrix product's, with the paper's 75 % as the bar, and the best backward's."""
+  right = [row for row in rows if row["of_ceiling"] and row["ratio"]]  # ours, where it is right
+  best = {stage: max((row for row in right if row["stage"] == stage), key=lambda row: row["of_ceiling"], default=None)
+          for stage in STAGES}  # fmt: skip
+  parts = [f"{stage} {row['ours_tflops']:.0f} TFLOP/s, {row['of_ceiling']:.0%} of a matrix product ({row['case']})"
+           for stage, row in best.items() if row]  # fmt: skip
+  forward = best["forward"]
+  return claim.judged("; ".join(parts) or "not measured", forward is not None and forward["of_ceiling"] >= 0.75)
+
+
 def of_ideal(masked: Measured, unmasked: Measured | None, tile: tuple[int, int]) -> float | None:
   """Time of a masked case by what its visible tiles would take at the unmasked case's time for each tile."""
   if not masked.case.is_masked or masked.seconds is None or unmasked is None or unmasked.seconds is None:
@@ -285,6 +298,7 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
         matmul_flops=2 * config.matmul_size**3,
         explained=explained,
         peer_versions=versions,
+        claims=[judged(config.claim, rows)] if config.claim else [],
         config=dataclasses.asdict(config),
       )
   print_summary(rows)

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.attention import Config as TimingConfig
 from experiments.attention import ours
 from experiments.attention_cases import STAGES, Case, make_inputs
+from experiments.claims import Claim
 from experiments.comparison import one_line
 from experiments.peers.jax_attention import Peer, plain_xla
 from paged_flash.analysis import human_bytes
@@ -36,6 +38,7 @@ class Config:
   halvings: int = 2  # of the last step of the search
   dtype: str = "bfloat16"
   implementation: str = ""  # of ours, by name
+  claim: Claim | None = None
   result: str = ""  # name under experiments/results/attention_memory/<device>/ to write to; "" writes none
 
 
@@ -117,7 +120,8 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
       text = {key: "does not compile" if b is None else human_bytes(b) for key, b in row.items() if "temporary" in key}
       print(f"{case.name}, {stage}: {text}", flush=True)
   if config.result:
-    print(write_result("attention_memory", rows, name=config.result, config=dataclasses.asdict(config)))
+    claims = [judged(config.claim, rows)] if config.claim else []
+    print(write_result("attention_memory", rows, name=config.result, claims=claims, config=dataclasses.asdict(config)))
   longest = []
   if config.longest:
     for name, peer in peers.items():
@@ -140,6 +144,24 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
   if config.result and longest:
     print(write_result("attention_memory", longest, name=f"{config.result}_longest"))
   return rows
+
+
+def judged(claim: Claim, rows: list[dict]) -> dict:
+  """Memory of forward and backward, inputs and outputs included: linear with ours, and how much less it is."""
+  rows = [row for row in rows if row["stage"] == STAGES[-1]]
+  total, grows = {}, {}
+  for who in ("ours", "plain"):
+    bytes_of = {row["seq_len"]: row[f"{who}_temporary_bytes"] for row in rows}
+    total[who] = {row["seq_len"]: 2 * row["input_bytes"] + size for row in rows
+                  if (size := bytes_of[row["seq_len"]]) is not None}  # fmt: skip
+    if len(total[who]) > 1:
+      grows[who] = float(np.polyfit(np.log([*total[who]]), np.log([*total[who].values()]), 1)[0])
+  gains = {n: size / total["ours"][n] for n, size in total["plain"].items() if n in total["ours"]}
+  ours = [f"{gain:.0f} x less at {n}" for n, gain in gains.items() if n in (2048, 4096)]
+  ours += [f"grows as N^{power:.2f} ({who})" for who, power in grows.items()]
+  linear = grows.get("ours", 2) < 1.1
+  holds = True if linear and gains.get(4096, 0) >= 20 else None if linear else False
+  return claim.judged(", ".join(ours) or "not measured", holds)
 
 
 if __name__ == "__main__":

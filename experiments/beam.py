@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+from experiments.claims import Claim
 from experiments.generate import EngineConfig, load_model
 from experiments.serve import Config as ServeConfig
 from experiments.serve import workload
@@ -32,6 +33,7 @@ class Config:
   max_seq_len: int = 512
   token_budget: int = 64
   paper_saved: tuple[float | None, ...] = ()  # to print beside ours: share of pages saved, in the order of the widths
+  claim: Claim | None = None
   result: str = ""  # name under experiments/results/beam/<device>/ to write to; "" writes none
 
 
@@ -79,8 +81,18 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
     workdir.log(**rows[-1])
     print(rows[-1])
   if config.result:
-    print(write_result("beam", rows, name=config.result, config=dataclasses.asdict(config)))
+    claims = [judged(config.claim, rows)] if config.claim else []
+    print(write_result("beam", rows, name=config.result, claims=claims, config=dataclasses.asdict(config)))
   return rows
+
+
+def judged(claim: Claim, rows: list[dict]) -> dict:
+  """Pages saved within 10 points of the paper's, whose prompts are others, and more of them for wider beams."""
+  saved = [row["saved"] for row in rows]
+  near = all(abs(row["saved"] - row["paper_saved"]) <= 0.1 for row in rows if row["paper_saved"] is not None)
+  ours = ", ".join(f"{row['saved']:.1%} at width {row['width']}" for row in rows)
+  rising = sorted(saved) == saved
+  return claim.judged(f"{ours} (chat prompts)", True if near and rising else None if near or rising else False)
 
 
 if __name__ == "__main__":

@@ -64,12 +64,12 @@ def one_line(error: Exception) -> str:
   return text if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
 
 
-def compile_all[Key](
-  builders: Mapping[Key, Callable[[], Callable]], threads: int
-) -> dict[Key, tuple[Callable | None, str]]:
-  """Calls every builder of a compiled program, side by side; where that fails, None and why."""
+def compile_all[Key, Built](
+  builders: Mapping[Key, Callable[[], Built]], threads: int
+) -> dict[Key, tuple[Built | None, str]]:
+  """Calls every builder of compiled programs, side by side; where that fails, None and why."""
 
-  def build(builder: Callable[[], Callable]):
+  def build(builder: Callable[[], Built]):
     try:
       return builder(), ""
     except Exception as error:  # a peer may fail in any way: its row says how

@@ -1,10 +1,11 @@
-"""Paged attention against contiguous: the same numbers, wherever the pages lie and whatever their size.
+"""Paged attention against contiguous: the same numbers, wherever the pages lie, whatever their size and company.
 
     python -m experiments.equality --config=configs/equality/pages.py
 
 For each page size the same keys and values lie in pages in order and in pages scattered at random over a larger pool;
 the outputs are compared bit by bit. Between page sizes, and with `flash_attention` on the contiguous arrays, the sums
 are taken in another order: there the largest difference is compared with what rounding the output to its dtype allows.
+Last, every sequence attends with the other slots empty, its tokens at another place of the packed ones, bit by bit.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class Config:
   permutations: int = 4
   spare: int = 3  # the pool is this many times as large as needed
   implementation: str = ""  # by name; "" takes what paged_attention takes
-  claim: Claim | None = None
+  claims: tuple[Claim, ...] = ()  # 12: pages against contiguous; 15c: with others against alone
   result: str = ""  # name under experiments/results/equality/<device>/ to write to; "" writes none
 
 
@@ -71,7 +72,7 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
   allowed = float(2 * jnp.finfo(config.dtype).eps * np.abs(right).max())
 
   @jax.jit
-  def attend(k_pages, v_pages, table):
+  def attend(k_pages, v_pages, table, query=query, lens=lens, starts=starts):
     return pf.paged_attention(
       query,
       k_pages,
@@ -91,26 +92,40 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
     outs = []
     for places in orders:
       (k_pages, table), (v_pages, _) = (in_pages(x, size, places, num_pages) for x in (keys, values))
-      pools = (jnp.asarray(x, config.dtype) for x in (k_pages, v_pages))
-      outs.append(np.asarray(attend(*pools, jnp.asarray(table)), np.float32))
+      last = (jnp.asarray(k_pages, config.dtype), jnp.asarray(v_pages, config.dtype), jnp.asarray(table))
+      outs.append(np.asarray(attend(*last), np.float32))
+    alone = 0
+    for b, count in enumerate(query_lens):  # in the pages of the last order
+      mine = slice(int(starts[b]), int(starts[b]) + count)
+      at = dict(lens=jnp.zeros_like(lens).at[b].set(lens[b]), starts=jnp.where(jnp.arange(len(starts)) > b, count, 0))
+      packed = jnp.zeros_like(query).at[:count].set(query[mine])
+      by_itself = attend(*last, query=packed, **at)[:count]
+      alone += int((np.asarray(by_itself, np.float32) != outs[-1][mine]).sum())
     difference = float(np.abs(outs[0] - right).max())
     row = dict(page_size=size, pages=needed, pool_pages=num_pages, permutations=config.permutations)
-    row |= dict(numbers=outs[0].size, differing=int(sum((out != outs[0]).sum() for out in outs[1:])))
+    row |= dict(numbers=outs[0].size, differing=int(sum((out != outs[0]).sum() for out in outs[1:])), alone=alone)
     row |= dict(from_contiguous=difference if np.isfinite(difference) else None, allowed=allowed)
     rows.append(row)
     workdir.log(**row)
   print(pd.DataFrame(rows).to_string(index=False, float_format="{:.2g}".format))
-  claims = []
-  if config.claim:
-    differing = sum(row["differing"] for row in rows)
-    worst = max(np.inf if row["from_contiguous"] is None else row["from_contiguous"] for row in rows)
-    ours = f"{differing} of {sum(r['numbers'] * r['permutations'] for r in rows):,} numbers change with the order of "
-    ours += f"pages; from contiguous at most {worst:.1e}, rounding allows {allowed:.1e}"
-    claims = [config.claim.judged(ours, differing == 0 and worst <= allowed)]
+  claims = [judged(claim, rows) for claim in config.claims]
   if config.result:
     recorded = dataclasses.asdict(config)
     print(write_result("equality", rows, name=config.result, claims=claims, config=recorded))
   return rows
+
+
+def judged(claim: Claim, rows: list[dict]) -> dict:
+  numbers = sum(row["numbers"] for row in rows)
+  if claim.number == "15c":
+    alone = sum(row["alone"] for row in rows)
+    ours = f"{alone} of {numbers:,} numbers change when a sequence attends alone, over {len(rows)} page sizes"
+    return claim.judged(ours, alone == 0)
+  differing, allowed = sum(row["differing"] for row in rows), rows[0]["allowed"]
+  worst = max(np.inf if row["from_contiguous"] is None else row["from_contiguous"] for row in rows)
+  ours = f"{differing} of {numbers * rows[0]['permutations']:,} numbers change with the order of "
+  ours += f"pages; from contiguous at most {worst:.1e}, rounding allows {allowed:.1e}"
+  return claim.judged(ours, differing == 0 and worst <= allowed)
 
 
 if __name__ == "__main__":

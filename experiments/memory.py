@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
+from experiments.claims import Claim
 from paged_flash.analysis import Trace, read_trace, show_memory_split, show_page_sizes, synthetic
 from paged_flash.experiment import Workdir, main, write_result
 from paged_flash.simulator import Contiguous, Paged, Served, simulate
@@ -28,6 +29,7 @@ class Config:
   num_tokens: int = 262_144  # of memory
   token_budget: int = 2048
   paper_used: tuple[float, ...] = ()  # to print beside ours: share that holds tokens, of `reserve` and of pages
+  claim: Claim | None = None
   result: str = ""  # name under experiments/results/memory/<device>/ to write to; "" writes none
 
 
@@ -89,8 +91,20 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
     workdir.save_figure("page_sizes.png", show_page_sizes(rows))
   if config.result:
     recorded = dataclasses.asdict(config) | dict(trace=rows[0]["trace"])
-    print(write_result("memory", rows, name=config.result, config=recorded))
+    claims = [judged(config.claim, rows)] if config.claim else []
+    print(write_result("memory", rows, name=config.result, claims=claims, config=recorded))
   return rows
+
+
+def judged(claim: Claim, rows: list[dict]) -> dict:
+  """Shares of the memory that hold tokens, within 3 points of the paper's where it gives them; else pages' waste."""
+  used = ", ".join(f"{row['used']:.1%} {row['allocator'].split()[0]}" for row in rows)
+  if rows[0].get("paper_used"):
+    off = max(abs(row["used"] - row["paper_used"]) for row in rows)
+    return claim.judged(f"{used}: within {100 * off:.1f} points", off <= 0.03)
+  paged, reserved = rows[-1], [row["waste"] for row in rows[:-1]]
+  ours = f"{paged['trace']}: {paged['waste']:.2%} wasted with pages, {min(reserved):.0%} to {max(reserved):.0%} with "
+  return claim.judged(f"{ours}reservations; holds tokens: {used}", paged["waste"] < 0.04 < min(reserved))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
+from experiments import capacity, composition, recompute, training
 from paged_flash.analysis import (
   human_bytes,
   show_attention_bars,
@@ -34,6 +35,7 @@ from paged_flash.analysis import (
   show_attention_sweep,
   show_attention_traffic,
   show_batches,
+  show_groups,
   show_memory_split,
   show_occupancy,
   show_page_sizes,
@@ -60,12 +62,36 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "paged_bars": lambda result: show_paged_bars(result["timings"]),
   "paged_sweep": lambda result: show_paged_sweep(result["timings"]),
   "paged_tflops": lambda result: show_paged_bars(result["timings"], value="tflops"),
-  # The results of the experiments memory, simulate and batching.
+  # The results of the experiments memory, simulate, batching and sharing.
   "memory_split": lambda result: show_memory_split(result["rows"]),
   "page_sizes": lambda result: show_page_sizes(result["rows"]),
   "rates": lambda result: show_rates(result["rows"]),
   "batches": lambda result: show_batches([row | result["series"][row["way"]] for row in result["rows"]]),
   "stalls": lambda result: show_stalls(result["rows"]),
+  "saved": lambda result: show_groups(
+    result["rows"], groups="trace", bars="samples", panels=dict(saved="share of pages saved", mean_running="requests")
+  ),
+  "beams": lambda result: show_groups(
+    [
+      dict(width=row["width"], label=who, saved=row[key])
+      for row in result["rows"]
+      for who, key in (("ours", "saved"), ("the paper, on Alpaca", "paper_saved"))
+    ],
+    groups="width",
+    bars="label",
+    panels=dict(saved="share of pages saved"),
+  ),
+  "orderings": lambda result: show_groups(
+    [row | dict(memory=f"{row['num_tokens'] / 2**20:g}M tokens") for row in result["rows"]],
+    groups="memory",
+    bars="policy",
+    panels=dict(hit_rate="share of prompt tokens found"),
+  ),
+  # The results of the experiments of these names.
+  "capacity": lambda result: capacity.figure(result["rows"]),
+  "training": lambda result: training.figure(result["rows"]),
+  "recompute": lambda result: recompute.figure(result["rows"]),
+  "composition": lambda result: composition.figure(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 

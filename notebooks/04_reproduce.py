@@ -44,7 +44,7 @@ for name, result in results.items():
 
 # %%
 claims = [claim for result in results.values() for claim in result.get("claims", [])]
-for claim in sorted(claims, key=lambda claim: int("".join(filter(str.isdigit, claim["number"])))):
+for claim in sorted(claims, key=lambda claim: (int("".join(filter(str.isdigit, claim["number"]))), claim["number"])):
   print(f"{claim['number']:>3s} {claim['verdict']}: {claim['claim']} ({claim['source']})\n      {claim['ours']}")
 
 # %% [markdown]

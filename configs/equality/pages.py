@@ -18,11 +18,19 @@ from paged_flash.experiment import choose
 
 def get_config(variant: str = "full") -> Config:
   full = Config(
-    claim=Claim(
-      number="12",
-      claim="Paged attention equals contiguous attention, over page sizes and orders of pages",
-      source="Kwon et al. 2023, section 4.1",
-      theirs="the same by construction",
+    claims=(
+      Claim(
+        number="12",
+        claim="Paged attention equals contiguous attention, over page sizes and orders of pages",
+        source="Kwon et al. 2023, section 4.1",
+        theirs="the same by construction",
+      ),
+      Claim(
+        number="15c",
+        claim="Attention is batch invariant: no number depends on who shares the batch",
+        source="He et al. 2025, Defeating nondeterminism in LLM inference",
+        theirs="holds with kernels made for it, not with others",
+      ),
     ),
     result="pages",
   )

@@ -13,6 +13,7 @@ taken to be as fast as the hardware allows.
 
 import dataclasses
 
+from experiments.claims import Claim
 from experiments.simulate import Config
 from paged_flash.experiment import choose
 
@@ -25,5 +26,16 @@ def get_config(variant: str = "full") -> Config:
     num_slots=256,
     paper_rate=30.0,
     paper_batch=(7.00, 43.24, 72.75, 132.44),
+    claims=(
+      Claim(
+        number="9c",
+        claim="Requests in the batch at 30 requests/s, Alpaca: max / pow2 / oracle / paged",
+        source="Kwon et al. 2023, figure 13b",
+        theirs="7.00 / 43.24 / 72.75 / 132.44",
+        figure="rates",
+      ),
+    ),
+    result="opt13b_alpaca",
   )
-  return choose(variant, full=full, smoke=dataclasses.replace(full, num_requests=6, rates=(2.0,), num_slots=4))
+  smoke = dataclasses.replace(full, num_requests=6, rates=(2.0,), num_slots=4, result="")
+  return choose(variant, full=full, smoke=smoke)

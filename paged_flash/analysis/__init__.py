@@ -1,6 +1,7 @@
-"""Pictures of a page table and of a run, charts of measured attention and of simulated serving, traces of requests, KV
-memory held in vain, and the bytes that attention moves."""
+"""Pictures of a page table and of a run, charts of measured attention and of simulated serving, grouped bars, traces of
+requests, KV memory held in vain, and the bytes that attention moves."""
 
+from paged_flash.analysis.bars import show_groups
 from paged_flash.analysis.charts import (
   show_attention_bars,
   show_attention_io,
@@ -31,6 +32,7 @@ __all__ = [
   "show_attention_sweep",
   "show_attention_traffic",
   "show_batches",
+  "show_groups",
   "show_memory_split",
   "show_occupancy",
   "show_page_sizes",

@@ -9,8 +9,21 @@ import numpy as np
 import pytest
 
 import paged_flash as pf
-from experiments import attention_io, batching, equality, kv_sizes, report
+from experiments import (
+  attention,
+  attention_io,
+  attention_memory,
+  batching,
+  beam,
+  equality,
+  kv_sizes,
+  memory,
+  paging,
+  report,
+  sharing,
+)
 from experiments import list as listing
+from experiments import simulate as simulation
 from experiments.claims import Claim
 from paged_flash.cache import page_table
 from paged_flash.experiment import Workdir, config
@@ -54,22 +67,25 @@ def test_a_stated_size_is_compared_to_the_byte(known, verdict, monkeypatch, tmp_
   assert claim["verdict"] == verdict and claim["number"] == "7"
 
 
-@pytest.mark.parametrize("broken", ["", "order", "values"])
+@pytest.mark.parametrize("broken", ["", "order", "values", "batch"])
 def test_equality_sees_what_depends_on_the_order_and_what_is_wrong(broken, monkeypatch, tmp_path: pathlib.Path):
   monkeypatch.chdir(tmp_path)
   attend = pf.paged_attention
 
   def changed(query, k_pages, v_pages, pages, lens, **more):
     out = attend(query, k_pages, v_pages, pages, lens, **more)
-    tiny = {"order": 1e-6 * pages[0, 0], "values": 0.1, "": 0}[broken]
+    tiny = {"order": 1e-6 * pages[0, 0], "values": 0.1, "batch": 1e-6 * ((lens > 0).sum() == 1), "": 0}[broken]
     return out + jnp.asarray(tiny, out.dtype)
 
   monkeypatch.setattr(pf, "paged_attention", changed)
   smoke = config.load(str(listing.ROOT / "configs/equality/pages.py:smoke"))
   smoke = dataclasses.replace(smoke, dtype="float32", page_sizes=(5,), implementation="xla", result="test")
   (row,) = equality.run(smoke, Workdir.create(tmp_path, smoke))
-  (claim,) = json.loads((tmp_path / "experiments/results/equality/cpu/test.json").read_text())["claims"]
-  assert claim["verdict"] == ("not reproduced" if broken else "reproduced")
+  found = json.loads((tmp_path / "experiments/results/equality/cpu/test.json").read_text())["claims"]
+  wanted = {"12": "reproduced", "15c": "reproduced"}
+  if broken:
+    wanted["15c" if broken == "batch" else "12"] = "not reproduced"
+  assert {claim["number"]: claim["verdict"] for claim in found} == wanted and (row["alone"] > 0) == (broken == "batch")
   assert (row["differing"] > 0) == (broken == "order") and (row["from_contiguous"] > row["allowed"]) == (
     broken == "values"
   )
@@ -145,3 +161,122 @@ def test_ways_are_judged_by_throughput_or_by_waits():
   found = [batching.judged(dataclasses.replace(CLAIM, number=number), rows) for number in ("10", "15a")]
   assert [claim["verdict"] for claim in found] == ["in part", "not reproduced"]
   assert found[0]["ours"].startswith("3.0 x the throughput") and "500 ms" in found[1]["ours"]
+
+
+def verdict(module, rows, *more, number="1"):
+  return module.judged(dataclasses.replace(CLAIM, number=number), rows, *more)["verdict"]
+
+
+def test_memory_is_judged_by_the_paper_or_by_waste():
+  rows = [
+    dict(trace="t", allocator=name, used=used, waste=waste)
+    for name, used, waste in (("max", 0.2, 0.7), ("paged 16", 0.9, 0.03))
+  ]
+  assert verdict(memory, rows) == "reproduced"
+  assert verdict(memory, [rows[0], rows[1] | dict(waste=0.05)]) == "not reproduced"
+  for theirs, holds in ((0.92, "reproduced"), (0.94, "not reproduced")):
+    pairs = zip(rows, (0.21, theirs), strict=True)
+    assert verdict(memory, [row | dict(paper_used=paper) for row, paper in pairs]) == holds
+
+
+def test_a_rate_is_sustained_until_latency_reaches_the_bound():
+  rows = [
+    dict(allocator="a", rate=rate, normalised_latency=seconds) for rate, seconds in ((1, 0.02), (2, 0.1), (4, 0.4))
+  ]
+  assert simulation.sustained(rows, "a", 0.2) == (pytest.approx(3.0), True)  # halfway between 0.1 and 0.4
+  assert simulation.sustained(rows, "a", 0.5) == (4, False)
+  assert simulation.sustained(rows, "a", 0.01) == (0, True)
+  assert simulation.sustained(rows[:1], "a", 0.01) == (0, True)
+
+
+def test_rates_and_batches_are_judged_by_the_papers_ranges():
+  settings = simulation.Config(paper_rate=2.0)
+
+  def rows(**sustained):
+    return [
+      dict(allocator=name, rate=r, normalised_latency=0.2 * np.exp(r - rate))
+      for name, rate in sustained.items()
+      for r in (0.1, 9)
+    ]
+
+  good = rows(max=0.5, pow2=0.8, oracle=1.0, paged=2.0)
+  assert verdict(simulation, good, settings, number="9a") == "reproduced"
+  assert verdict(simulation, rows(max=0.5, pow2=0.8, oracle=1.5, paged=2.0), settings, number="9a") == "not reproduced"
+  for found, holds in (((7, 13, 30), "reproduced"), ((7, 13, 20), "in part"), ((9, 13, 30), "not reproduced")):
+    batches = [dict(rate=2.0, mean_running=m, paper_batch=p) for m, p in zip(found, (7, 13, 30), strict=True)]
+    assert verdict(simulation, [*batches, dict(rate=1.0)], settings, number="9b") == holds
+
+
+def test_sharing_is_judged_by_pages_saved_or_by_the_order_of_admission():
+  for saved, holds in ((0.18, "reproduced"), (0.25, "in part"), (0.3, "not reproduced")):
+    assert verdict(sharing, [dict(trace="t", saved=saved, paper_saved=0.16)], number="11a") == holds
+  for last, holds in ((0.98, "reproduced"), (0.9, "in part"), (0.7, "not reproduced")):
+    rows = [
+      dict(trace="t", policy=p, num_tokens=2**20, hit_rate=rate / 2, ideal_hit_rate=0.5)
+      for p, rate in (("a", 0.8), ("b", last))
+    ]
+    assert verdict(sharing, rows, number="15b") == holds
+  with pytest.raises(ValueError, match="Did you mean 'shortest_first'"):
+    sharing.run(sharing.Config(policies=("shortest",)), None)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_order_of_admission_changes_what_is_found(tmp_path: pathlib.Path):
+  trace = tmp_path / "small_trace.jsonl"  # two conversations in turns, in a cache that holds one of them
+  lines = [
+    dict(timestamp=i, input_length=2048, output_length=1, hash_ids=[10 * (i % 2) + j for j in range(4)])
+    for i in range(8)
+  ]
+  trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  policies = ("first_come", "longest_prefix_first")
+  settings = sharing.Config(
+    trace=str(trace), page_size=512, num_tokens=(3072,), policies=policies, queue_size=8, num_slots=1, token_budget=4096
+  )
+  first, last = (row["hit_rate"] for row in sharing.run(settings, Workdir.create(tmp_path / "run", settings)))
+  assert last > first
+
+
+def test_beams_are_judged_by_the_paper_and_by_their_width():
+  def rows(*saved):
+    return [dict(width=w, saved=s, paper_saved=p) for w, s, p in zip((2, 4), saved, (0.4, None), strict=True)]
+
+  assert [verdict(beam, rows(*saved)) for saved in ((0.45, 0.5), (0.45, 0.4), (0.6, 0.5))] == [
+    "reproduced",
+    "in part",
+    "not reproduced",
+  ]
+
+
+def test_speed_of_attention_is_judged_by_the_matrix_product():
+  def rows(of_ceiling, ratio: float | None = 1.0):
+    return [dict(case="c", stage="forward", ours_tflops=500.0, of_ceiling=of_ceiling, ratio=ratio)]
+
+  assert [verdict(attention, rows(*x)) for x in ((0.8,), (0.7,), (0.8, None))] == [
+    "reproduced",
+    "not reproduced",
+    "not reproduced",
+  ]
+
+
+def test_memory_of_attention_is_judged_by_its_growth():
+  def rows(ours, plain):
+    return [
+      dict(seq_len=n, stage=stage, input_bytes=n, ours_temporary_bytes=ours(n), plain_temporary_bytes=plain(n))
+      for n in (1024, 2048, 4096)
+      for stage in ("forward", "forward+backward")
+    ]
+
+  assert verdict(attention_memory, rows(lambda n: n, lambda n: n * n)) == "reproduced"
+  assert verdict(attention_memory, rows(lambda n: n, lambda n: 2 * n)) == "in part"
+  assert verdict(attention_memory, rows(lambda n: n * n, lambda n: 99 * n * n)) == "not reproduced"
+  assert verdict(attention_memory, rows(lambda n: n, lambda n: None)) == "in part"
+
+
+def test_costs_of_paging_are_the_worst_found(tmp_path: pathlib.Path):
+  settings = config.load("configs/paging/costs.py:smoke")
+  rows = paging.run(settings, Workdir.create(tmp_path, settings))
+  found = paging.judged(CLAIM, rows)
+  assert found["verdict"] == "reproduced" and len({row["cost"] for row in rows}) == 3
+  assert verdict(paging, [*rows, dict(cost="kernel", share=0.3, ms=None)]) == "not reproduced"
+  assert paging.overheads([dict(case="a", overhead=1), dict(case="a", overhead=2), dict(case="b", overhead=None)]) == {
+    "a": 2
+  }
