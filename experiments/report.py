@@ -39,6 +39,7 @@ from paged_flash.analysis import (
   show_page_sizes,
   show_paged_bars,
   show_paged_sweep,
+  show_preemption,
   show_rates,
   show_stalls,
 )
@@ -60,12 +61,13 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "paged_bars": lambda result: show_paged_bars(result["timings"]),
   "paged_sweep": lambda result: show_paged_sweep(result["timings"]),
   "paged_tflops": lambda result: show_paged_bars(result["timings"], value="tflops"),
-  # The results of the experiments memory, simulate and batching.
+  # The results of the experiments memory, simulate, batching and preemption.
   "memory_split": lambda result: show_memory_split(result["rows"]),
   "page_sizes": lambda result: show_page_sizes(result["rows"]),
   "rates": lambda result: show_rates(result["rows"]),
   "batches": lambda result: show_batches([row | result["series"][row["way"]] for row in result["rows"]]),
   "stalls": lambda result: show_stalls(result["rows"]),
+  "preemption": lambda result: show_preemption(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 
