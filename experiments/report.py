@@ -41,6 +41,7 @@ from paged_flash.analysis import (
   show_page_sizes,
   show_paged_bars,
   show_paged_sweep,
+  show_preemption,
   show_rates,
   show_stalls,
 )
@@ -63,6 +64,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "paged_sweep": lambda result: show_paged_sweep(result["timings"]),
   "paged_tflops": lambda result: show_paged_bars(result["timings"], value="tflops"),
   # The results of the experiments memory, simulate, batching and sharing.
+  # The results of the experiments memory, simulate, batching and preemption.
   "memory_split": lambda result: show_memory_split(result["rows"]),
   "page_sizes": lambda result: show_page_sizes(result["rows"]),
   "rates": lambda result: show_rates(result["rows"]),
@@ -92,6 +94,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "training": lambda result: training.figure(result["rows"]),
   "recompute": lambda result: recompute.figure(result["rows"]),
   "composition": lambda result: composition.figure(result["rows"]),
+  "preemption": lambda result: show_preemption(result["rows"]),
 }
 _MARKED = re.compile(r"(<!-- report:(\S+)([^\n]*?) -->\n).*?(<!-- /report -->)", re.DOTALL)
 

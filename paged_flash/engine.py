@@ -55,7 +55,7 @@ class Engine:
     policy: who comes first; one of `paged_flash.policies`, or a function of your own.
     num_proposed: tokens proposed for each slot in a step (`paged_flash.speculation`); those that come are the same.
     proposer: what proposes them; by default what followed the last tokens where they stood before.
-    num_host_pages: pages of host memory, to which preempted requests are swapped; on a CPU only, so far.
+    num_host_pages: pages of host memory, to which preempted requests are swapped.
     preemption: which of them are, as far as there is room; from `paged_flash.swapping`, or a function of your own.
     steps_per_dispatch: steps that `run` makes in one program at most.
     kv_dtype: of the pool; None for the model's.

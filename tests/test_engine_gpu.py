@@ -79,7 +79,7 @@ def paged_logits(model, rows, longest, chunk, page_size=16):
       kv = kv_pages.write(kv, layer, k, v, mine, place % page_size)
       table = kv_pages.layer_pages(kv, pages, layer)[None]
       starts = None if chunk == 1 else jnp.stack([0, count])
-      arguments = dict(query_starts=starts, max_query_len=chunk, implementation="sm90")
+      arguments: dict[str, Any] = dict(query_starts=starts, max_query_len=chunk, implementation="sm90")
       return pf.paged_attention(q, kv.k, kv.v, table, (start + count)[None], **arguments), kv
 
     bound = model.bind(params)
@@ -134,7 +134,7 @@ def test_bfloat16_tokens_do_not_depend_on_where_pages_lie(rounded):
 
 @pytest.mark.parametrize("program", ["step", "run"])
 def test_a_step_runs_our_kernels_and_copies_no_pool(program):
-  sizes: dict[str, int] = dict(
+  sizes: dict[str, Any] = dict(
     vocab_size=512, embed_dim=512, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=64, ffn_dim=512
   )
   model = models.load(models.ModelConfig(**sizes, max_seq_len=4096), dtype=jnp.bfloat16)

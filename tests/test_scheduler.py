@@ -156,6 +156,9 @@ class Server:
     wanted = self.oracle.plan(before) if proposals is None and before.host is None else {}  # it knows of neither
     state, plan = planner(self.budget, self.chunk, self.policy, self.preemption)(before, proposals=proposals)
     self.swap(plan)
+    if plan.swap_in is not None:
+      back = np.asarray(plan.swap_in.dst)
+      assert (np.asarray(state.table.ref_counts)[back[back >= 0]] == 1).all(), "a shared page is written"
     page_table.check(state.table)
     if state.index is not None:
       prefix.check(state.index, state.table)

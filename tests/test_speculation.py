@@ -94,12 +94,14 @@ SHAPES: dict[str, dict[str, Any]] = {
   "starved": dict(slots=4, pages=12, page_size=4, budget=12, chunk=5, max_seq_len=48),
   "starved, page 1": dict(slots=3, pages=31, page_size=1, budget=8, max_seq_len=31),
   "starved, no cache": dict(slots=5, pages=9, page_size=3, budget=7, max_seq_len=27, cache=False),
+  "starved, swapped": dict(slots=4, pages=12, page_size=4, budget=12, chunk=5, max_seq_len=48, host=30),
+  "starved, swapped, no cache": dict(slots=5, pages=9, page_size=3, budget=7, max_seq_len=27, cache=False, host=12),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_are_those_without_speculation(shape):
-  preempted = 0
+  preempted = swapped = 0
   for seed, errs in enumerate((0.0, 0.4)):
     random = np.random.default_rng(seed)
     server = Guessing(seed=seed, guesses=4, errs=errs, **SHAPES[shape])
@@ -114,7 +116,8 @@ def test_tokens_are_those_without_speculation(shape):
     server.finish()
     assert server.proposed > server.accepted > 8  # a stop cuts right ones too
     preempted += sum(int((events.preempted >= 0).sum()) for _, events in server.log)
-  assert (preempted > 0) == shape.startswith("starved")
+    swapped += sum(int(events.swapped_in.sum()) for _, events in server.log)
+  assert (preempted > 0) == shape.startswith("starved") and (swapped > 0) == ("swapped" in shape)
 
 
 def test_a_right_guess_saves_steps_and_a_wrong_one_costs_no_page():
@@ -188,8 +191,9 @@ def asked(tiny):
   [
     (dict(num_slots=3, num_pages=60, page_size=5, token_budget=13, chunk_size=7, num_proposed=3), "device"),
     (dict(num_slots=6, num_pages=18, page_size=4, token_budget=16, num_proposed=5), "host"),
+    (dict(num_slots=6, num_pages=18, page_size=4, token_budget=16, num_proposed=5, num_host_pages=60), "device"),
   ],
-  ids=["odd chunks", "starved"],
+  ids=["odd chunks", "starved", "swapped"],
 )
 def test_the_engine_says_the_same_tokens_with_speculation(tiny, asked, sizes, driver):
   engine = Engine(tiny, max_seq_len=72, steps_per_dispatch=7, debug=True, proposer=EAGER, **sizes)
@@ -199,6 +203,7 @@ def test_the_engine_says_the_same_tokens_with_speculation(tiny, asked, sizes, dr
   proposed, accepted = (sum(sum(getattr(e, name).values()) for e in seen) for name in ("proposed", "accepted"))
   assert proposed > accepted > 20  # right and wrong guesses
   assert any(e.preempted for e in seen) == (engine.num_pages == 18)
+  assert any(e.swapped_in for e in seen) == (engine.num_host_pages > 0)
 
 
 def test_a_proposer_of_ones_own(tiny, asked):

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -108,7 +109,8 @@ def test_pages_go_out_and_come_back():
   kv = dataclasses.replace(kv, k=jnp.arange(1.0, 7).reshape(6, 1, 1, 1), v=-jnp.arange(1.0, 7).reshape(6, 1, 1, 1))
   kv = kv_pages.swap(kv, PageCopies(src=jnp.array([[2, NO_PAGE, 0]]), dst=jnp.array([[1, NO_PAGE, 0]])), None)
   assert kv.host is not None
-  assert kv.host[0].ravel().tolist() == [1, 3, 4, 6] and kv.host[1].ravel().tolist() == [-1, -3, -4, -6]
+  assert [a.sharding.memory_kind for a in (*kv.host, kv.k)] == ["pinned_host", "pinned_host", "device"]
+  assert kv.host[0].ravel().tolist() == [1, 4, 3, 6] and kv.host[1].ravel().tolist() == [-1, -4, -3, -6]
   kv = kv_pages.swap(kv, None, PageCopies(src=jnp.array([1]), dst=jnp.array([1])))
   assert kv.k.ravel().tolist() == [1, 3, 3, 4, 6, 6] and kv.v.ravel().tolist() == [-1, -3, -3, -4, -6, -6]
 
@@ -175,6 +177,32 @@ def test_a_run_with_swaps_is_recorded_explained_and_forked(engine, asked):
     assert engine.output(fork.now, id) == out
 
 
+@pytest.mark.parametrize("device_copy", [True, False])
+def test_a_snapshot_taken_while_requests_are_in_host_memory(tiny, engine, asked, tmp_path, device_copy):
+  """What was in host memory when the process died comes back, though the pages have been written over since."""
+  state, ids = engine.submit_many(engine.init(), [(prompt, params) for prompt, params, *_ in asked])
+  with history.Snapshots(engine, tmp_path, device_copy=device_copy) as snapshots:
+    while not (np.asarray(state.scheduler.host.seq_lens) > 0).any():
+      state, _ = engine.step(state)
+    kept, held = [np.array(a) for a in state.kv.host], int((state.scheduler.host.ref_counts > 0).sum())
+    assert held > 1 and snapshots.save(state)
+    while not state.idle:
+      state, _ = engine.step(state)
+  assert any((old != np.array(new)).any() for old, new in zip(kept, state.kv.host, strict=True))
+  del state
+  other = Engine(tiny, num_host_pages=40, prefix_cache=False, steps_per_dispatch=7, **SIZES)
+  state, back = history.resume(other, tmp_path), 0
+  for array, wanted in zip(state.kv.host, kept, strict=True):
+    assert array.sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(array, wanted)
+  while not state.idle:
+    state, events = other.step(state)
+    back += sum(events.swapped_in.values())
+  assert back >= held and [other.output(state, id) for id in ids] == [out for _, _, out, _ in asked]
+  with pytest.raises(ValueError, match="num_host_pages must be 40, as in the snapshot, got 39"):
+    history.resume(Engine(tiny, num_host_pages=39, prefix_cache=False, **SIZES), tmp_path)
+
+
 def test_no_pool_sized_copy_or_temporary(tiny):
   engine = Engine(tiny, **{**SIZES, "num_pages": 4099, "num_host_pages": 2053})
   state = engine.init()
@@ -190,3 +218,28 @@ def test_no_pool_sized_copy_or_temporary(tiny):
 def test_impossible_sizes_are_named(tiny):
   with pytest.raises(ValueError, match="num_host_pages must be at least 0, got -1"):
     Engine(tiny, **SIZES, num_host_pages=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("driver", ["host", "device"])
+def test_on_a_gpu_host_pages_are_pinned_and_the_tokens_those_of_a_roomy_pool(tiny, asked, driver):
+  """Numbers differ by where in a batch they are computed, so products are exact: which token is due must not."""
+  requests, out, back = [(prompt, params) for prompt, params, *_ in asked], {}, {}
+
+  def watch(events):
+    out.update(events.swapped_out)
+    back.update(events.swapped_in)
+
+  with jax.default_matmul_precision("highest"):
+    starved = Engine(tiny, num_host_pages=40, prefix_cache=False, steps_per_dispatch=7, **SIZES)
+    results = starved.complete(requests, driver=driver, on_events=watch)
+    roomy = Engine(tiny, prefix_cache=False, **{**SIZES, "num_pages": 64}).complete(requests)
+    state, _ = starved.submit_many(starved.init(), requests)
+    compiled: Any = starved._step.lower(tiny.params, state.scheduler, state.kv).compile()
+    state, _ = starved.step(state)
+  assert out and back.keys() == out.keys() and state.kv.host is not None
+  assert [done.output_ids for done in results] == [done.output_ids for done in roomy]
+  assert all(array.sharding.memory_kind == "pinned_host" for array in state.kv.host)
+  memory = compiled.memory_analysis()
+  assert memory.host_temp_size_in_bytes == 0
+  assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes == 2 * state.kv.host[0].nbytes

@@ -13,7 +13,14 @@ from paged_flash.analysis.charts import (
 )
 from paged_flash.analysis.memory import compare_held, human_bytes
 from paged_flash.analysis.pictures import show, show_occupancy
-from paged_flash.analysis.simulated import show_batches, show_memory_split, show_page_sizes, show_rates, show_stalls
+from paged_flash.analysis.simulated import (
+  show_batches,
+  show_memory_split,
+  show_page_sizes,
+  show_preemption,
+  show_rates,
+  show_stalls,
+)
 from paged_flash.analysis.traces import Trace, read_trace, synthetic
 from paged_flash.analysis.traffic import FlashTraffic, flash_traffic, naive_traffic
 
@@ -38,6 +45,7 @@ __all__ = [
   "show_page_sizes",
   "show_paged_bars",
   "show_paged_sweep",
+  "show_preemption",
   "show_rates",
   "show_stalls",
   "synthetic",

@@ -203,6 +203,49 @@ def show_stalls(rows: Sequence[Row]) -> Picture:
   return figure
 
 
+def show_preemption(rows: Sequence[Row]) -> Picture:
+  """Draws what recomputing and swapping take, over the page size: by themselves, and as serving feels it.
+
+  Args:
+    rows: "page_size", "recompute_ms", "out_ms", "back_ms", "swap_ms", and "recompute_latency", "swap_latency",
+      "cheaper_latency" in s/token.
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  if not rows:
+    raise ValueError("rows must be at least one record, got none")
+  rows = sorted(rows, key=lambda row: row["page_size"])
+  sizes = [row["page_size"] for row in rows]
+  figure = Picture(figsize=(8.6, 3.5), layout="constrained")
+  itself, served = figure.subplots(1, 2)
+  lines = (
+    ("recompute", "#c0392b", "recompute"),
+    ("swap", "#4878a8", "swap, out and back"),
+    ("out", "#8fb8de", "out"),
+    ("back", "#f4a259", "back"),
+    ("cheaper", "#8cb369", "the cheaper of the two"),
+  )
+  for ax, unit in ((itself, "ms"), (served, "latency")):
+    for name, colour, label in lines:
+      if f"{name}_{unit}" in rows[0]:
+        ax.plot(sizes, [row[f"{name}_{unit}"] for row in rows], "o-", ms=3.5, color=colour, label=label)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(sizes))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    ax.set_xlabel("tokens per page")
+    ax.grid(lw=0.4)
+    ax.spines[["top", "right"]].set_visible(False)
+  itself.set_yscale("log")
+  served.set_ylim(bottom=0)
+  itself.set_title("one sequence by itself, ms", loc="left", fontsize=9)
+  served.set_title("normalised latency, s/token (simulated)", loc="left", fontsize=9)
+  handles = itself.get_legend_handles_labels()[0] + served.get_legend_handles_labels()[0][-1:]
+  figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+  return figure
+
+
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
   """A colour for each allocator, ours first."""
   names = sorted(dict.fromkeys(row["allocator"] for row in rows), key=lambda name: not name.startswith(_OURS))

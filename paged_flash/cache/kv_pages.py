@@ -12,7 +12,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 
 from paged_flash.cache.page_table import NO_PAGE, PageCopies
 from paged_flash.kernels import kv_write_sm90
@@ -25,7 +27,7 @@ class KVPages:
 
   k: jax.Array  # dtype[L*N, page_size, K, D]
   v: jax.Array  # dtype[L*N, page_size, K, D]
-  host: tuple[jax.Array, jax.Array] | None  # K and V of H host pages, dtype[L*H, page_size, K, D] each
+  host: tuple[jax.Array, jax.Array] | None  # K and V of H pages in host memory, dtype[H, L, page_size, K, D] each
   num_layers: int = dataclasses.field(metadata=dict(static=True))
 
   @property
@@ -48,18 +50,18 @@ def init(
   dtype: jax.typing.DTypeLike,
   num_host_pages: int = 0,
 ) -> KVPages:
-  """A pool of zeros (never garbage: a NaN in a page that nobody owns must not exist).
+  """A pool of zeros (never garbage: a NaN in a page that nobody owns must not exist)."""
 
-  Raises:
-    ValueError: host pages on another backend than a CPU.
-  """
-  if num_host_pages and jax.default_backend() != "cpu":
-    raise ValueError(f"num_host_pages must be 0 on {jax.default_backend()}, so far, got {num_host_pages}")
-  k, v, *host = (
-    jnp.zeros((num_layers * n, page_size, num_kv_heads, head_dim), dtype)
-    for n in (num_pages, num_pages, num_host_pages, num_host_pages)
-  )
-  return KVPages(k=k, v=v, host=(host[0], host[1]) if num_host_pages else None, num_layers=num_layers)
+  def zeros(*shape):
+    return jnp.zeros((*shape, page_size, num_kv_heads, head_dim), dtype)
+
+  def host_zeros():  # straight into host memory, which may be larger than the device's
+    pages = np.zeros((num_host_pages, num_layers, page_size, num_kv_heads, head_dim), dtype)
+    return jax.device_put(pages, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
+
+  k, v = zeros(num_layers * num_pages), zeros(num_layers * num_pages)
+  host = (host_zeros(), host_zeros()) if num_host_pages else None
+  return KVPages(k=k, v=v, host=host, num_layers=num_layers)
 
 
 def resize(kv: KVPages, num_pages: int) -> KVPages:
@@ -125,31 +127,37 @@ def copy(kv: KVPages, copies: PageCopies) -> KVPages:
 def swap(kv: KVPages, out: PageCopies | None, back: PageCopies | None) -> KVPages:
   """Copies pages of all layers into host memory, then others from there into the pool. Consumes `kv`.
 
+  The loops run once per page. The layers of a page lie apart in the pool and together in host memory, so that a page
+  crosses in one piece; host memory is only ever sliced and updated, which XLA does in place.
+
   Args:
     kv: the pool; consumed.
     out: `src` pages of the pool, `dst` host pages, of any one shape; None for none.
     back: `src` host pages, `dst` pages of the pool; None for none.
   """
-  if kv.host is not None and out is not None:
-    kv = dataclasses.replace(kv, host=_move((kv.k, kv.v), kv.host, out, kv.num_layers))
-  if kv.host is not None and back is not None:
-    k, v = _move(kv.host, (kv.k, kv.v), back, kv.num_layers)
-    kv = dataclasses.replace(kv, k=k, v=v)
-  return kv
+  if kv.host is None:
+    return kv
+  layers = jnp.arange(kv.num_layers) * kv.num_pages  # i32[L]
 
+  def leave(src, dst, pools, hosts):
+    pages = [jax.device_put(pool[layers + src], jax.memory.Space.Host) for pool in pools]
+    updated = [lax.dynamic_update_index_in_dim(h, page, dst, 0) for h, page in zip(hosts, pages, strict=True)]
+    return pools, tuple(updated)
 
-def _move(
-  source: tuple[jax.Array, jax.Array], target: tuple[jax.Array, jax.Array], copies: PageCopies, num_layers: int
-) -> tuple[jax.Array, jax.Array]:
-  """`target` with pages of `source` in it; the loop runs once per page."""
-  src, dst = copies.src.reshape(-1), copies.dst.reshape(-1)
-  todo = jnp.flatnonzero(dst != NO_PAGE, size=dst.size, fill_value=0)
-  layers = jnp.arange(num_layers)
+  def enter(src, dst, pools, hosts):
+    pages = [jax.device_put(lax.dynamic_index_in_dim(h, src, keepdims=False), jax.memory.Space.Device) for h in hosts]
+    updated = [pool.at[layers + dst].set(p, unique_indices=True) for pool, p in zip(pools, pages, strict=True)]
+    return tuple(updated), hosts
 
-  def body(i, target):
-    rows = [layers * (pool.shape[0] // num_layers) for pool in (source[0], target[0])]
-    rows = rows[0] + src[todo[i]], rows[1] + dst[todo[i]]
-    return tuple(t.at[rows[1]].set(s[rows[0]], unique_indices=True) for s, t in zip(source, target, strict=True))
+  moved = (kv.k, kv.v), kv.host
+  for copies, move in ((out, leave), (back, enter)):
+    if copies is not None:
+      src, dst = copies.src.reshape(-1), copies.dst.reshape(-1)
+      todo = jnp.flatnonzero(dst != NO_PAGE, size=dst.size, fill_value=0)
 
-  k, v = lax.fori_loop(0, jnp.sum(dst != NO_PAGE), body, target)
-  return k, v
+      def body(i, moved, src=src, dst=dst, todo=todo, move=move):
+        return move(src[todo[i]], dst[todo[i]], *moved)
+
+      moved = lax.fori_loop(0, jnp.sum(dst != NO_PAGE), body, moved)
+  (k, v), host = moved
+  return dataclasses.replace(kv, k=k, v=v, host=host)

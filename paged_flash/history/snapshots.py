@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 
 type Engine = Any  # a `paged_flash.Engine`: a room above this one
 type EngineState = Any
@@ -25,7 +26,8 @@ class Snapshots:
 
   The next step consumes the pool, so `save` first copies it on the device: a few milliseconds of memory bandwidth, and
   room for a second pool until the copy is on the host. A thread transfers and writes it. With `device_copy=False` there
-  is no second pool, and `save` waits until the pool is on the host. The scheduler's state needs no copy.
+  is no second pool, and `save` waits until the pool is on the host. Pages of swapped requests are there already: `save`
+  copies them there. The scheduler's state needs no copy.
 
   A snapshot takes its name when it is whole, so that what a crash leaves half written is never taken for one. One
   process writes to a folder at a time.
@@ -70,7 +72,10 @@ class Snapshots:
     if _restored(plain, type(state)) != host:
       raise TypeError(f"state must be of arrays and plain values to be saved, got {host!r:.200}")
     linear = [name for name in arrays if not name.startswith("scheduler")]
-    copy = jnp.copy if self._device_copy else np.array  # never a view of what the next step overwrites
+
+    def copy(a):  # never a view of what the next step overwrites
+      return jnp.copy(a) if self._device_copy and _memory_kind(a) is None else np.array(a)
+
     arrays |= {name: copy(arrays[name]) for name in linear}
     about = self._about | dict(arrays={name: [list(a.shape), a.dtype.name] for name, a in arrays.items()})
     self._writing = self._thread.submit(self._write, self._number, arrays, dict(about=about, host=plain))
@@ -129,9 +134,11 @@ def resume(engine: Engine, directory: str | os.PathLike, number: int | None = No
     template = _template(engine)
     wanted, _ = _split(template)
     _check(engine, rest["about"], wanted)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for name, a in wanted.items() if a.size}
+    # Those of host memory as numpy's: orbax 0.12 would put them there, but as arrays whose type says device memory.
+    in_host = {name: a.sharding for name, a in wanted.items() if a.sharding.memory_kind == "pinned_host"}
+    shapes = {n: np.empty(a.shape, a.dtype) if n in in_host else a for n, a in wanted.items() if a.size}
     arrays = manager.restore(number, args=args.Composite(arrays=args.StandardRestore(shapes)))["arrays"]
+  arrays |= {name: jax.device_put(arrays[name], place) for name, place in in_host.items()}
   fields = _restored(rest["host"], type(template))
   for name, value in _pytrees(template).items():
     paths, structure = jax.tree_util.tree_flatten_with_path(value)
@@ -149,13 +156,21 @@ def _manager(directory: str | os.PathLike, **options: Any):
 
 
 def _template(engine: Engine) -> EngineState:
-  """An empty state without its arrays: shapes and dtypes in their places."""
+  """An empty state without its arrays: shapes, dtypes and the memory that they belong in."""
   found = []
   jax.eval_shape(lambda: found.append(engine.init()))
   (state,) = found
-  trees = _pytrees(state)
-  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), trees)
-  return dataclasses.replace(state, **shapes)
+
+  def shape(a):
+    place = SingleDeviceSharding(jax.devices()[0], memory_kind=_memory_kind(a))
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+  return dataclasses.replace(state, **jax.tree.map(shape, _pytrees(state)))
+
+
+def _memory_kind(a: jax.Array) -> str | None:
+  """None for the device's own."""
+  return "pinned_host" if jax.typeof(a).memory_space == jax.memory.Space.Host else None
 
 
 def _pytrees(state: EngineState) -> dict[str, Any]:

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from paged_flash.analysis import show_batches, show_memory_split, show_page_sizes, show_rates, show_stalls
+from paged_flash.analysis import (
+  show_batches,
+  show_memory_split,
+  show_page_sizes,
+  show_preemption,
+  show_rates,
+  show_stalls,
+)
 from paged_flash.analysis.simulated import PARTS
 
 
@@ -84,7 +91,7 @@ def test_stalls_are_lines_over_the_tokens_of_a_step():
   assert [np.asarray(line.get_ydata()).tolist() for line in first.lines] == [[256, 2048], [320, 2560]]
 
 
-@pytest.mark.parametrize("draw", [show_batches, show_stalls])
+@pytest.mark.parametrize("draw", [show_batches, show_preemption, show_stalls])
 def test_no_rows_are_refused(draw):
   with pytest.raises(ValueError, match="at least one record"):
     draw([])
