@@ -1,6 +1,6 @@
 """A training step of a GPT-2 shaped model, with flash attention and with the score matrix: wall-clock time and memory.
 
-    python -m experiments.training --config=configs/training/gpt2_small.py
+    python -m experiments.training --config=configs/training/gpt2.py
 
 A step is forward, backward and AdamW: weights and moments in float32, products in bf16. Each implementation takes its
 first step from the same state, where its loss and gradient norm are checked; then they are timed in turns. "without"

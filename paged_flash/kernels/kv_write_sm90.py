@@ -20,7 +20,6 @@ from paged_flash.kernels.problem import is_hopper
 
 MOST_TOKENS = 8  # of a block of `write`
 BUFFER = 64 * 1024  # bytes of K, and of V, that a block holds at a time
-NOWHERE = -1  # a place that nothing is written to
 
 
 def supports(pool: jax.Array | jax.ShapeDtypeStruct) -> str:
@@ -50,7 +49,7 @@ def write(
   Args:
     k_pages, v_pages: dtype[N, page_size, K, D]; consumed. `supports` must be "".
     k, v: dtype[T, K, D].
-    rows: i32[T], NOWHERE for a token that is not to be written. No two tokens may have the same place.
+    rows: i32[T], negative for a token that is not to be written. No two tokens may have the same place.
     offsets: i32[T], tokens inside the page.
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
 
@@ -71,7 +70,7 @@ def write(
       t = jnp.minimum(first + n, T - 1)
       row = rows[t]
 
-      @pl.when((row != NOWHERE) & (first + n < T))
+      @pl.when((row >= 0) & (first + n < T))
       def _(n=n, t=t, row=row):
         for _, pages, smem in sides:
           plgpu.copy_smem_to_gmem(smem.at[n], pages.at[row, offsets[t]])
@@ -97,7 +96,7 @@ def copy(
   Args:
     k_pages, v_pages: dtype[L * N, page_size, K, D], layer after layer; consumed. `supports` must be "".
     src: i32[C] page ids.
-    dst: i32[C] page ids, NOWHERE where there is nothing to copy. None may be in `src`, or twice in `dst`.
+    dst: i32[C] page ids, negative where there is nothing to copy. None may be in `src`, or twice in `dst`.
     num_layers: L.
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
 
@@ -113,7 +112,7 @@ def copy(
   def kernel(src, dst, k_pages, v_pages, k_smem, v_smem, landed):
     layer, i = lax.axis_index("layer"), lax.axis_index("copy")
 
-    @pl.when(dst[i] != NOWHERE)
+    @pl.when(dst[i] >= 0)
     def _():
       origin, goal = layer * num_pages + src[i], layer * num_pages + dst[i]
 

@@ -207,7 +207,7 @@ def test_rates_and_batches_are_judged_by_the_papers_ranges():
     assert verdict(simulation, [*batches, dict(rate=1.0)], settings, number="9b") == holds
 
 
-def test_sharing_is_judged_by_pages_saved_or_by_the_order_of_admission():
+def test_sharing_is_judged_by_pages_saved_or_by_the_order_of_admission(tmp_path: pathlib.Path):
   for saved, holds in ((0.18, "reproduced"), (0.25, "in part"), (0.3, "not reproduced")):
     assert verdict(sharing, [dict(trace="t", saved=saved, paper_saved=0.16)], number="11a") == holds
   for last, holds in ((0.98, "reproduced"), (0.9, "in part"), (0.7, "not reproduced")):
@@ -216,8 +216,9 @@ def test_sharing_is_judged_by_pages_saved_or_by_the_order_of_admission():
       for p, rate in (("a", 0.8), ("b", last))
     ]
     assert verdict(sharing, rows, number="15b") == holds
+  unknown = sharing.Config(policies=("shortest",))
   with pytest.raises(ValueError, match="Did you mean 'shortest_first'"):
-    sharing.run(sharing.Config(policies=("shortest",)), None)  # pyright: ignore[reportArgumentType]
+    sharing.run(unknown, Workdir.create(tmp_path, unknown))
 
 
 def test_the_order_of_admission_changes_what_is_found(tmp_path: pathlib.Path):

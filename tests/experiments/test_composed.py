@@ -58,7 +58,7 @@ def test_recomputing_is_judged_at_every_length():
 
 
 def test_a_training_step_learns_and_is_that_of_the_score_matrix(tmp_path: pathlib.Path):
-  settings = dataclasses.replace(config.load("configs/training/gpt2_small.py:smoke"), seq_lens=(64,), repeats=3)
+  settings = dataclasses.replace(config.load("configs/training/gpt2.py:smoke"), seq_lens=(64,), repeats=3)
   rows = {row["peer"]: row for row in training.run(settings, Workdir.create(tmp_path, settings))}
   assert rows["ours"]["error"] < 0.01 and rows["naive"]["ms"] > 0
   trainer = training.Trainer(pf.models.load(settings.model), training.optax.adamw(1e-2), settings)
