@@ -120,6 +120,7 @@ def paged_attention(
   sinks: jax.typing.ArrayLike | None = None,
   k_scales: jax.typing.ArrayLike | None = None,
   v_scales: jax.typing.ArrayLike | None = None,
+  shared_prefixes: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None = None,
   return_residual: bool = False,
   implementation: str | None = None,
 ) -> Any:
@@ -147,6 +148,9 @@ def paged_attention(
     sinks: [H], as in `flash_attention`.
     k_scales: f32[N, page_size, K], factors of 8-bit `k_pages`, one per token and head.
     v_scales: Like `k_scales`.
+    shared_prefixes: (leaders i32[B], num_pages i32[B]): the first num_pages[b] pages of sequence b are full and those
+      of sequence leaders[b] (`prefix.shared_prefixes` finds them). "sm90" then reads what several sequences share once
+      for all of them, where each has one query token and there is no window. No bit of the result changes.
     return_residual: Also return the LSE.
     implementation: "sm90" (Hopper GPUs), "xla" or "reference"; None: the first that supports the call (see `explain`).
 
@@ -179,6 +183,7 @@ def paged_attention(
     sinks=sinks,
     k_scales=k_scales,
     v_scales=v_scales,
+    shared_prefixes=shared_prefixes,
   )
   name, _ = choose(problem, implementation)
   if 0 in operands.query.shape or 0 in operands.k_pages.shape or 0 in operands.pages.shape:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paged_flash import attention, sampling, scheduler, speculation, swapping
-from paged_flash.cache import kv_pages
+from paged_flash.cache import kv_pages, prefix
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import NO_PAGE, count_upto
 from paged_flash.models import Model
@@ -167,6 +167,7 @@ def compute(
   pages = state.table.pages[: plan.rows.size]  # i32[S, P]
   window = model.config.sliding_window  # tokens a query sees, itself included
   most = settings.chunk_size if width == 1 else width
+  shared = None if window is not None else prefix.shared_prefixes(pages, packed.kv_lens, state.table.page_size)
 
   def attend(q, k, v, kv, layer):
     kv = kv_pages.write(kv, layer, k, v, packed.pages, packed.offsets)
@@ -179,6 +180,7 @@ def compute(
       query_starts=packed.query_starts,
       max_query_len=1 if num_tokens is None else most,
       local_window_size=None if window is None else window - 1,
+      shared_prefixes=shared,
       implementation=settings.implementation,
     )
     return out, kv

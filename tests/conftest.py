@@ -3,10 +3,19 @@
 Pallas's GPU interpreter needs them too: XLA gets as many threads, and with two it can wait for itself forever.
 """
 
+from collections.abc import Iterator
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+  """Each compiled program holds memory maps of its own; a process that keeps all of them runs out of maps and dies."""
+  yield
+  jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,6 +1,6 @@
 """Many sequences that share a long prefix: its pages read by each of them, or once.
 
-Claim: reading them once is at least 5 times as fast as the kernel that knows nothing of sharing (`cascade_by_ours` <=
+Claim: reading them once is at least 5 times as fast as the kernel that knows nothing of sharing (`shared_by_ours` <=
 0.2) for 32 sequences with one prefix of 32k tokens and 128 of their own. FlashInfer reports up to 31 times against
 vLLM's kernel at batch 256 (https://flashinfer.ai/2024/02/02/cascade-inference.html). TB/s count shared pages once.
 
@@ -21,8 +21,8 @@ def get_config(variant: str = "full") -> Config:
 
   full = Config(
     problems=cases(32768, 128, 8, 32, 128, num_heads=32, num_kv_heads=8, head_dim=128),
-    peers=("ours_cascade", "cudnn", "fa3", "gather"),
+    peers=("ours_shared", "cudnn", "fa3", "gather"),
     result="prefix",
   )
   small = smoke(full, *cases(32, 8, 3, num_heads=2, num_kv_heads=1, head_dim=8))
-  return choose(variant, full=full, smoke=dataclasses.replace(small, peers=("ours_cascade",)))
+  return choose(variant, full=full, smoke=dataclasses.replace(small, peers=("ours_shared",)))

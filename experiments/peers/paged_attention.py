@@ -115,14 +115,10 @@ def apart(case: Case, inputs: Inputs) -> tuple:
   return first, rest
 
 
-def prefix_apart(case: Case, inputs: Inputs) -> tuple:
-  """As `paged`, the table cut in two: pages of the prefix, pages of each sequence's own."""
+def with_prefix(case: Case, inputs: Inputs) -> tuple:
   if not case.prefix or case.chunk > 1:
     raise NotImplementedError("no prefix is shared by decode tokens")
-  _without_quantised(case)
-  shared = case.prefix // case.page_size
-  pages = inputs.pages
-  return (*inputs[:3], pages[0, :shared], pages[:, shared:], inputs.kv_lens - case.prefix)
+  return paged(case, inputs)
 
 
 def _batched(case: Case, query: jax.Array) -> jax.Array:
@@ -160,12 +156,9 @@ def ours(implementation: str) -> dict[str, Peer]:
     more = dict(key_value_seq_lengths=lens) if case.lengths else {}
     return pf.flash_attention(query, key, value, is_causal=True, **more).reshape(-1, *query.shape[2:])
 
-  def cascade(case: Case, query, k_pages, v_pages, prefix, pages, lens):
-    key, value = (_gathered(pool, prefix[None]) for pool in (k_pages, v_pages))
-    shared, shared_lse = pf.flash_attention(query[None], key, value, return_residual=True)
-    own, own_lse = pf.paged_attention(query, k_pages, v_pages, pages, lens, return_residual=True, **named)
-    weight = jax.nn.sigmoid(shared_lse[0] - own_lse)[..., None]  # exp(a) / (exp(a) + exp(b))
-    return (weight * shared[0] + (1 - weight) * own).astype(query.dtype)
+  def shared(case: Case, *operands):
+    leaders = jnp.zeros(case.num_sequences, jnp.int32)
+    return attend(case, *operands, shared_prefixes=(leaders, leaders + case.prefix // case.page_size))
 
   return {
     "ours": Peer("ours", paged, attend),
@@ -173,7 +166,7 @@ def ours(implementation: str) -> dict[str, Peer]:
     "ours_unquantised": Peer("ours, pages not quantised", unquantised, attend, is_unquantised=True),
     "ours_apart": Peer("ours, one call each for decode and chunks", apart, each),
     "ours_flash": Peer("flash_attention, contiguous", contiguous_chunks, flash),
-    "ours_cascade": Peer("ours, the prefix once: gather, flash_attention, merge", prefix_apart, cascade),
+    "ours_shared": Peer("ours, told of the prefix", with_prefix, shared),
   }
 
 

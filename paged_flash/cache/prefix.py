@@ -302,3 +302,37 @@ def _find(index: PrefixIndex, keys: jax.Array) -> jax.Array:
 
 
 _jitted_find = jax.jit(_find)
+
+
+def shared_prefixes(pages: jax.Array, kv_lens: jax.Array, page_size: int) -> tuple[jax.Array, jax.Array]:
+  """Which sequences begin with the same pages: what `paged_attention` takes as `shared_prefixes`.
+
+  A sequence's leader is the first of those that hold the same page at place 0, 1, 3, 7, ...: of the last of these
+  places where any other sequence does. A leader shares with itself as much as the others share with it at most.
+
+  Args:
+    pages: i32[B, P], page ids of each sequence in order.
+    kv_lens: i32[B], tokens of each.
+    page_size: of the pages.
+
+  Returns:
+    (leaders i32[B], num_pages i32[B]): how many full pages at its start each sequence has in common with its leader.
+
+  Example:
+    >>> pages = jnp.array([[4, 2, 6], [7, 1, 3], [4, 2, 5]])
+    >>> leaders, num_pages = shared_prefixes(pages, jnp.array([40, 48, 33]), page_size=16)
+    >>> leaders.tolist(), num_pages.tolist()
+    ([0, 1, 0], [2, 0, 2])
+  """
+  index, width = jnp.arange(len(pages), dtype=jnp.int32), pages.shape[1]
+  full = jnp.minimum(kv_lens // page_size, width)
+  leaders = index
+  for bits in range(width.bit_length()):
+    place = (1 << bits) - 1
+    page = jnp.where((full > place) & (pages[:, place] >= 0), pages[:, place], -1 - index)
+    same = page[:, None] == page
+    leaders = jnp.where(same.sum(1) > 1, jnp.argmax(same, 1).astype(jnp.int32), leaders)
+  is_same = (pages == pages[leaders]) & (jnp.arange(width) < jnp.minimum(full, full[leaders])[:, None])
+  count = jnp.argmin(jnp.pad(is_same, ((0, 0), (0, 1))), 1).astype(jnp.int32)
+  follows = (leaders == index[:, None]) & (index != index[:, None])  # bool[B, B], of each its followers
+  return leaders, jnp.where(leaders == index, jnp.max(jnp.where(follows, count, 0), 1), count)

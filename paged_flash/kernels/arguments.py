@@ -133,6 +133,7 @@ def paged_problem(
   sinks: Any = None,
   k_scales: Any = None,
   v_scales: Any = None,
+  shared_prefixes: tuple[Any, Any] | None = None,
 ) -> tuple[PagedProblem, PagedOperands]:
   """Checks the arguments of `paged_attention`, whose documentation holds for them.
 
@@ -189,6 +190,9 @@ def paged_problem(
   window = _window(local_window_size)
   if window is None:  # pages before a window may be gone
     _check_pages(pages, kv_lens, num_pages, page_size)
+  prefixes: list[Any] = [None, None]
+  if shared_prefixes is not None:
+    prefixes = _prefixes(shared_prefixes, pages, kv_lens, page_size)
   problem = PagedProblem(
     device=target(),
     num_tokens=tokens,
@@ -208,9 +212,10 @@ def paged_problem(
     is_packed=query_starts is not None,
     has_scales=k_scales is not None,
     has_sinks=sinks is not None,
+    has_prefixes=shared_prefixes is not None,
   )
   return problem, PagedOperands(
-    query, k_pages, v_pages, pages, kv_lens, query_starts, _sinks(sinks, num_heads), *scales
+    query, k_pages, v_pages, pages, kv_lens, query_starts, _sinks(sinks, num_heads), *scales, *prefixes
   )
 
 
@@ -274,6 +279,28 @@ def _check_pages(pages: jax.Array, kv_lens: jax.Array, num_pages: int, page_size
     held = ids[b, : -(-kv_len // page_size)]
     if ((held < 0) | (held >= num_pages)).any():
       raise ValueError(f"pages must be within 0..{num_pages - 1} for the {kv_len} tokens of row {b}, got {held}")
+
+
+def _prefixes(shared_prefixes: Any, pages: jax.Array, kv_lens: jax.Array, page_size: int) -> list[jax.Array]:
+  if not isinstance(shared_prefixes, tuple) or len(shared_prefixes) != 2:
+    raise ValueError(f"shared_prefixes must be a pair (leaders, num_pages), got {shared_prefixes!r}")
+  batch = len(pages)
+  leaders, counts = (_integers(f"shared_prefixes[{i}]", x) for i, x in enumerate(shared_prefixes))
+  for i, x in enumerate((leaders, counts)):
+    _check_shape(f"shared_prefixes[{i}]", x, (batch,))
+  values = [_concrete(x) for x in (leaders, counts, pages, kv_lens)]
+  if any(x is None for x in values):
+    return [leaders, counts]
+  for b, (leader, count) in enumerate(zip(*values[:2], strict=True)):
+    if not 0 <= leader < batch:
+      raise ValueError(f"shared_prefixes[0] must name sequences 0..{batch - 1}, got {leader} for sequence {b}")
+    full = min(values[3][b], values[3][leader]) // page_size
+    if not 0 <= count <= full or (values[2][b, :count] != values[2][leader, :count]).any():
+      raise ValueError(
+        f"shared_prefixes[1] must count leading full pages that sequence {b} has in common with its leader {leader}, "
+        f"got {count}"
+      )
+  return [leaders, counts]
 
 
 def _broadcastable(name: str, x: Any, full: tuple[int, ...]) -> jax.Array | None:

@@ -727,24 +727,42 @@ class Rows(NamedTuple):
   stride: int = 1
   step: int = 1
   skip: Any = 0  # places of the first group that come before row 0
+  index: Any = None  # ref i32[Y]: the n-th group is in the place of the index[at + n]-th, unless `at` is negative
+  at: Any = None
 
   def place(self, r: jax.Array) -> jax.Array:
     """X of row r."""
     r = r + self.skip
-    return self.first + r // self.group * self.stride + r % self.group * self.step
+    group = r // self.group
+    if self.index is not None:
+      group = jnp.where(self.at < 0, group, self.index[...][jnp.maximum(self.at, 0) + group])
+    return self.first + group * self.stride + r % self.group * self.step
 
   def traced(self) -> list[Any]:
     """What `_place` takes as values."""
-    return [self.first, self.count, *([] if isinstance(self.skip, int) else [self.skip])]
+    indexed = [] if self.index is None else [self.index, self.at]
+    return [self.first, self.count, *indexed, *([] if isinstance(self.skip, int) else [self.skip])]
+
+  def types(self) -> list[Any]:
+    """Of `traced()`."""
+    return [plgpu.RefType() if x is self.index else plgpu.Layout.WG_SPLAT for x in self.traced()]
 
 
-def _place(rows: Rows, row: Any, first: Any, count: Any, skip: Any = None) -> tuple[Any, Any]:
-  """(whether a row lies somewhere, X as i64); first, count and skip are those of `rows` in registers."""
+def _place(rows: Rows, row: Any, first: Any, count: Any, *more: Any) -> tuple[Any, Any]:
+  """(whether a row lies somewhere, X as i64); first, count and more are `rows.traced()` in registers."""
+  index, at, *skip = more if rows.index is not None else (None, None, *more)
   i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
   constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
   alive = arith.cmpi(arith.CmpIPredicate.slt, row, count.registers.item())
-  row = row if skip is None else arith.addi(row, skip.registers.item())
-  place = arith.addi(first.registers.item(), arith.muli(arith.divui(row, constant(rows.group)), constant(rows.stride)))
+  row = arith.addi(row, skip[0].registers.item()) if skip else row
+  group = arith.divui(row, constant(rows.group))
+  if index is not None:
+    at = at.registers.item()
+    is_indexed = arith.cmpi(arith.CmpIPredicate.sge, at, constant(0))
+    y = arith.addi(arith.maxsi(at, constant(0)), group)
+    pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(index), [arith.extsi(i64, y)], i32)
+    group = arith.select(is_indexed, llvm.load(i32, pointer), group)
+  place = arith.addi(first.registers.item(), arith.muli(group, constant(rows.stride)))
   place = arith.addi(place, arith.muli(arith.remui(row, constant(rows.group)), constant(rows.step)))
   return alive, arith.extsi(i64, place)
 
@@ -778,10 +796,9 @@ def load_rows(ref: Any, rows: Rows, *, interpret: bool) -> jax.Array:
     x = ref[...][jnp.where(alive, rows.place(jnp.arange(64)), 0)]
     return jnp.where(alive[:, None] if x.ndim == 2 else alive, x, 0)
   layout = plgpu.Layout.WGMMA if len(shape) == 2 else ROW
-  scalar = plgpu.Layout.WG_SPLAT
 
   @_inline(
-    arg_types=(plgpu.RefType(), *[scalar for _ in rows.traced()]),
+    arg_types=(plgpu.RefType(), *rows.types()),
     return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
   )
   def load(_, ref, *traced):
@@ -811,9 +828,9 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
       ref[pl.ds(rows.place(r), 1)] = lax.dynamic_slice_in_dim(x, r, 1)
 
     return
-  is_row, scalar = x.ndim == 1, plgpu.Layout.WG_SPLAT
+  is_row = x.ndim == 1
 
-  @_inline(arg_types=(plgpu.RefType(), ROW if is_row else plgpu.Layout.WGMMA, *[scalar for _ in rows.traced()]))
+  @_inline(arg_types=(plgpu.RefType(), ROW if is_row else plgpu.Layout.WGMMA, *rows.types()))
   def store(_, ref, x, *traced):
     i32, element = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type).element_type
     places = _places(rows, *traced)
@@ -842,11 +859,8 @@ def copy_rows(ref: Any, rows: Rows, tile: Any, *, interpret: bool) -> None:
     plgpu.commit_smem()
     return
   swizzle = plgpu.find_swizzle(tile.shape[1] * 16)
-  scalar = plgpu.Layout.WG_SPLAT
 
-  @_inline(
-    arg_types=(plgpu.RefType(), plgpu.RefType(_transforms(tile.shape, tile.dtype)), *[scalar for _ in rows.traced()])
-  )
+  @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(_transforms(tile.shape, tile.dtype)), *rows.types()))
   def copy(_, ref, to, *traced):
     # As in `zero_rows`; swizzling exchanges the 16-byte pieces of a row: piece p of row r comes to p ^ r, modulo 8.
     assert swizzle == 128

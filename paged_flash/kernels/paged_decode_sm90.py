@@ -76,31 +76,111 @@ def max_tokens(problem: PagedProblem) -> int:
   return ROWS * problem.num_kv_heads // problem.num_heads
 
 
-class Sequence(NamedTuple):
-  """One sequence: its query tokens, which keys they see, and the tiles [low, high) and chunks of these keys."""
+class Units(NamedTuple):
+  """Sequences that share leading chunks, together: their queries are the rows of one tile, and K and V are read once.
 
+  A chunk's result in a row depends on nothing but the row's query, so that sharing changes no bit.
+  """
+
+  leads: Any  # i32[U], a sequence of each unit
+  sizes: Any  # i32[U], how many it has; 0 or at least 2
+  tokens: Any  # i32[U * M], their query tokens
+  places: Any  # i32[U * M], where their parts begin, in groups of rows
+  chunks: Any  # i32[B], how many chunks of each sequence its unit computes
+  of: Any  # i32[B], each sequence's unit, or -1
+
+
+def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: PagedOperands) -> Units | None:
+  """The units of a call's sequences, by what `operands.leaders` and `shared_pages` say; None where there can be none.
+
+  Sequences with one query token are one unit if they share as many chunks, of the same size, with the same leader; of
+  more than fit a tile the next are another.
+  """
+  p = problem
+  group = p.num_heads // p.num_kv_heads
+  most, num_units = ROWS // group, p.batch // 2
+  if not p.has_prefixes or p.window is not None or chunks.max_count == 1 or most < 2 or num_units == 0:
+    return None
+  assert operands.leaders is not None and operands.shared_pages is not None
+  index = jnp.arange(p.batch)
+  starts, lens = operands.query_starts, operands.kv_lens
+  size = chunks.size(cdiv(lens, block_kv))
+  shared = jnp.minimum(operands.shared_pages * p.page_size, lens) // (size * block_kv)
+  if starts is not None:
+    shared = jnp.where(jnp.diff(starts) == 1, shared, 0)
+  alike = [x[:, None] == x for x in (operands.leaders, size, shared)]
+  alike = functools.reduce(jnp.logical_and, alike) & (shared > 0)  # bool[B, B]
+  place = jnp.sum(alike & (index < index[:, None]), 1)  # of a sequence among those like it
+  first = place - place % most  # and that of the first of its unit
+  sizes = jnp.minimum(jnp.sum(alike, 1) - first, most)
+  shared = jnp.where(sizes > 1, shared, 0)
+  is_first = (shared > 0) & (place == first)
+  lead = jnp.argmax(alike & (place == first[:, None]), 1)
+  of = jnp.where(shared > 0, (jnp.cumsum(is_first) - 1)[lead], -1).astype(jnp.int32)
+  width = cdiv(ROWS, group)
+  nothing, none = jnp.zeros(num_units, jnp.int32), jnp.zeros(num_units * width, jnp.int32)
+  to = jnp.where(is_first, of, num_units)
+  row = jnp.where(of < 0, num_units * width, of * width + place - first)
+  rows = chunks.max_count * p.num_kv_heads * min(p.max_query_len, max_tokens(p))
+  return Units(
+    leads=nothing.at[to].set(index.astype(jnp.int32), mode="drop"),
+    sizes=nothing.at[to].set(sizes.astype(jnp.int32), mode="drop"),
+    tokens=none.at[row].set((index if starts is None else starts[:-1]).astype(jnp.int32), mode="drop"),
+    places=none.at[row].set((index * rows).astype(jnp.int32), mode="drop"),
+    chunks=shared.astype(jnp.int32),
+    of=of,
+  )
+
+
+class Sequence(NamedTuple):
+  """One sequence: its query tokens, which keys they see, and the tiles [low, high) and chunks of these keys.
+
+  Or, past the last sequence, one of `Units`: the queries of its sequences, and the chunks that they share.
+  """
+
+  row: Any  # of the page table
   first_token: Any
   query_len: Any
   kv_len: Any
+  offset: Any  # its i-th query token sees the keys up to i + offset
   first_key: Any  # that any of them sees
   low: Any
   high: Any
   chunk: Any  # tiles
   count: Any  # chunks; 0 if it has nothing to do here
+  begin: Any  # the first chunk that no unit computes
+  unit: Any  # it is this one of the units, if not negative; None: there are none
 
 
-def sequence(problem: PagedProblem, chunks: Chunks, block_kv: int, starts: Any, kv_lens: Any, b: Any) -> Sequence:
+def sequence(
+  problem: PagedProblem, chunks: Chunks, block_kv: int, starts: Any, kv_lens: Any, units: Units | None, b: Any
+) -> Sequence:
   """Reads sequence b's lengths; `starts` is None where every sequence has one token."""
-  p = problem
-  first, query_len = (b, 1) if starts is None else (starts[b], starts[b + 1] - starts[b])
-  kv_len = kv_lens[b]
+  p, unit, row, begin = problem, None, b, 0
+  if units is not None:
+    unit = b - p.batch
+    u = jnp.maximum(unit, 0)
+    row = jnp.where(unit < 0, b, units.leads[u])
+    begin = units.chunks[row]
+  first, query_len = (row, 1) if starts is None else (starts[row], starts[row + 1] - starts[row])
+  kv_len = kv_lens[row]
   first_key = 0 if p.window is None else jnp.maximum(kv_len - query_len - p.window, 0)
   low, high = lax.div(first_key, jnp.int32(block_kv)) if p.window is not None else 0, cdiv(kv_len, block_kv)
   chunk = chunks.size(high - low)
   count = jnp.maximum(1 if chunks.max_count == 1 else lax.div(high - low + chunk - 1, jnp.int32(chunk)), 1)
   if starts is not None:
     count = jnp.where((query_len > 0) & (query_len <= max_tokens(p)), count, 0)
-  return Sequence(first, query_len, kv_len, first_key, low, high, chunk, count)
+  offset = kv_len - query_len
+  if units is not None:
+    size = units.sizes[u]
+    shared = begin * chunk
+    query_len = jnp.where(unit < 0, query_len, size)
+    kv_len = jnp.where(unit < 0, kv_len, shared * block_kv)
+    offset = jnp.where(unit < 0, offset, kv_len - 1)
+    high = jnp.where(unit < 0, high, shared)
+    count = jnp.where(unit < 0, count, jnp.where(size > 0, begin, 0))
+    begin = jnp.where(unit < 0, begin, 0)
+  return Sequence(row, first, query_len, kv_len, offset, first_key, low, high, chunk, count, begin, unit)
 
 
 class Segments(NamedTuple):
@@ -204,29 +284,33 @@ def forward(
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
   load = functools.partial(mosaic.load_rows, interpret=is_interpreted)
   store = functools.partial(mosaic.store_rows, interpret=is_interpreted)
+  units = make_units(p, chunks, block_kv, operands)
+  num_units = 0 if units is None else units.leads.size
+  width = cdiv(ROWS, group)  # of a row of units.tokens
   look = functools.partial(sequence, p, chunks, block_kv)
   # Two accumulators of head_dim 256 are more than the registers of a warpgroup.
   is_folded = chunks.max_count > 1 and D <= 128
 
-  def lay(starts, kv_lens):
-    """The line of tiles and its segments."""
+  def lay(*lens):
+    """The line of tiles, units after sequences, and its segments."""
 
     def length(b):
-      s = look(starts, kv_lens, b)
-      return jnp.where(s.count > 0, jnp.maximum(s.high - s.low, 1), 0)
+      s = look(*lens, b)
+      return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1), 0)
 
-    line = Line(p.batch, length, interpret=is_interpreted)
+    line = Line(p.batch + num_units, length, interpret=is_interpreted)
     enough = num_lanes if p.has_scales else ENOUGH_LANES  # widening keeps a lane busier than memory does
     return line, Segments.cut(num_segments, p.batch, K, enough, *line.measure())
 
   def chunks_before(s, tiles):
-    """How many chunks begin in the first `tiles` tiles of a sequence."""
-    return jnp.clip(lax.div(tiles + s.chunk - 1, jnp.int32(s.chunk)), 0, s.count)
+    """The first chunk that does not begin in the first `tiles` tiles of a sequence on the line."""
+    return s.begin + jnp.clip(lax.div(tiles + s.chunk - 1, jnp.int32(s.chunk)), 0, s.count - s.begin)
 
   def with_sink(s, sink):
     return sink + jnp.where(s.kv_len > 0, 0.0, -jnp.inf)
 
-  def kernel(q_gmem, k_gmem, v_gmem, pages, kv_lens, starts, sinks, *refs):
+  def kernel(q_gmem, k_gmem, v_gmem, pages, starts, kv_lens, units, sinks, *refs):
+    lens = starts, kv_lens, units
     scales_gmem, refs = (refs[:2], refs[2:]) if p.has_scales else ((), refs)
     out_gmem, lse_gmem, *parts = refs[:-num_scratch]
     q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, *wide = refs[-num_scratch:]
@@ -237,7 +321,7 @@ def forward(
 
       Of each sequence and head, the chunks in the range `mine` [first, past) are the lane's.
       """
-      line, segments = lay(starts, kv_lens)
+      line, segments = lay(*lens)
 
       def of_unit(n, carry):
         segment, head = divide(lane * num_blocks + block + n * num_lanes, K)
@@ -247,12 +331,12 @@ def forward(
 
         def of_sequence(b, carry):
           place, carry = carry
-          s = look(starts, kv_lens, b)
+          s = look(*lens, b)
           first, past = chunks_before(s, low - place), chunks_before(s, high - place)
           carry = lax.fori_loop(first, past, functools.partial(body, b, s, (first, past), head), carry)
           return place + line.length(b), carry
 
-        return lax.fori_loop(b_low, jnp.minimum(b_high + 1, p.batch), of_sequence, (place, carry))[1]
+        return lax.fori_loop(b_low, jnp.minimum(b_high + 1, line.batch), of_sequence, (place, carry))[1]
 
       count = cdiv(jnp.maximum(num_segments * K - (lane * num_blocks + block), 0), num_lanes)
       return lax.fori_loop(0, count, of_unit, carry)
@@ -276,7 +360,7 @@ def forward(
           i = done + t - low
           slot = lane * stages + lax.rem(i, jnp.int32(stages))
           page = lax.div(t * block_kv, jnp.int32(p.page_size))
-          ids = [pages[b, jnp.clip(page + n, first_page, last_page)] for n in range(tile_pages)]
+          ids = [pages[s.row, jnp.clip(page + n, first_page, last_page)] for n in range(tile_pages)]
           rows = pl.ds(t * block_kv - page * p.page_size, min(block_kv, p.page_size))
           for gmem, smem, full, empty in ((k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)):
             pl.when(i >= stages)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
@@ -294,12 +378,12 @@ def forward(
         plgpu.barrier_wait(k_empty.at[slot])
         plgpu.barrier_wait(v_empty.at[slot])
 
-    def scales(b, s, head, t):
+    def scales(s, head, t):
       """Scales of K and V of tile t, 0 where nobody sees a token; one row's in each thread, as `dequantise` wants."""
       first_page, last_page = visible_pages(s)
 
       def of_rows(page, rows, key):
-        page_id = jnp.where(s.kv_len > 0, pages[b, jnp.clip(page, first_page, last_page)], 0)  # no keys, no page
+        page_id = jnp.where(s.kv_len > 0, pages[s.row, jnp.clip(page, first_page, last_page)], 0)  # no keys, no page
         is_seen = (key >= s.first_key) & (key < s.kv_len)
         return [jnp.where(is_seen, gmem[page_id, rows, head], 0.0) for gmem in scales_gmem]
 
@@ -324,16 +408,18 @@ def forward(
         done, *state = carry
         low, high = chunk_tiles(s, chunk)
         rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
+        if units is not None:
+          first = jnp.where(s.unit < 0, rows.first, head * group)
+          rows = rows._replace(first=first, index=units.tokens, at=s.unit * width)
         plgpu.commit_smem()  # all have read the last queries
         q_tile[...] = load(q_gmem, rows)
         plgpu.commit_smem()
         # Row r sees the keys [r_low, r_high).
-        offset = s.kv_len - s.query_len
         r_high = s.kv_len
         if p.max_query_len > 1:
           row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
           token = sum(jnp.where(row >= first, 1, 0) for first in range(group, max_rows, group))  # row // group
-          r_high = jnp.minimum(token + (offset + 1), s.kv_len)
+          r_high = jnp.minimum(token + (s.offset + 1), s.kv_len)
         r_low = None if p.window is None else r_high - (1 + p.window)
 
         def one_tile(t, carry, *, masked):
@@ -344,7 +430,7 @@ def forward(
           if wide:  # the next tile's scales arrive meanwhile
             quantised = k_tile, v_tile
             k_tile, v_tile, k_scales, v_scales = (x.at[lane] for x in wide)
-            later = scales(b, s, head, jnp.minimum(t + 1, high - 1))
+            later = scales(s, head, jnp.minimum(t + 1, high - 1))
           plgpu.barrier_wait(k_full.at[slot])
           if wide:
             mosaic.dequantise(k_tile, k_scales, quantised[0], now[0], interpret=is_interpreted)
@@ -388,20 +474,20 @@ def forward(
           return acc, new_max, row_sum * alpha + sums, *later
 
         # Tiles [begin, end) are seen whole by every row.
-        begin, end = low, jnp.clip(lax.div(offset + 1, jnp.int32(block_kv)), low, high)
+        begin, end = low, jnp.clip(lax.div(s.offset + 1, jnp.int32(block_kv)), low, high)
         if p.window is not None:
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
-        carry = *nothing(), *(scales(b, s, head, low) if wide else ())
+        carry = *nothing(), *(scales(s, head, low) if wide else ())
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
           if start is not stop:
             carry = lax.fori_loop(start, stop, lambda t, carry, masked=masked: one_tile(t, carry, masked=masked), carry)
         acc, row_max, row_sum, *_ = carry
         result = acc, row_max, mosaic.total(row_sum, interpret=is_interpreted)
         if not is_folded:
-          is_whole = s.count == 1
+          is_whole = s.count == 1 if units is None else (s.count == 1) & (s.unit < 0)
           if chunks.max_count > 1:
-            pl.when(~is_whole)(lambda: write_part(b, chunk, head, rows.count, result))
+            pl.when(~is_whole)(lambda: write_part(b, s, chunk, head, rows.count, result))
             pl.when(is_whole)(lambda: write(s, head, rows, result))
           else:
             write(s, head, rows, result)
@@ -410,9 +496,11 @@ def forward(
         state = lax.cond((chunk == 0) | (first > 0), nothing, lambda: tuple(state))
         state = mosaic.fold(state, result, factor, interpret=is_interpreted)
         is_whole = (first == 0) & (past == s.count)
+        if units is not None:
+          is_whole &= s.unit < 0
         is_part = (first > 0) | ((chunk == past - 1) & ~is_whole)
         pl.when(is_whole & (chunk == past - 1))(lambda: write(s, head, rows, state))
-        pl.when(is_part)(lambda: write_part(b, jnp.where(first > 0, chunk, 0), head, rows.count, state))
+        pl.when(is_part)(lambda: write_part(b, s, jnp.where(first > 0, chunk, 0), head, rows.count, state))
         return done + high - low, *state
 
       def write(s, head, rows, state):
@@ -423,8 +511,11 @@ def forward(
         store(lse_gmem, rows, lse)
         store(out_gmem, rows, out.astype(dtype))
 
-      def write_part(b, part, head, count, state):
+      def write_part(b, s, part, head, count, state):
         rows = Rows(((b * chunks.max_count + part) * K + head) * max_rows, count)
+        if units is not None:
+          first = jnp.where(s.unit < 0, rows.first, (part * K + head) * max_rows)
+          rows = Rows(first, count, group, group, index=units.places, at=s.unit * width)
         for gmem, x in zip(parts, state, strict=True):
           store(gmem, rows, x)
 
@@ -443,15 +534,20 @@ def forward(
       def _(warp):
         pl.when(warp < lanes)(lambda: fetch(warp))
 
-  def merge(part_gmem, top_gmem, total_gmem, kv_lens, starts, sinks, out_gmem, lse_gmem):
+  def merge(part_gmem, top_gmem, total_gmem, starts, kv_lens, units, sinks, out_gmem, lse_gmem):
+    lens = starts, kv_lens, units
     b, slices = lax.axis_index("b"), max(1, D // THREADS)
     head, some_rows = divide(lax.axis_index("rows"), row_blocks)
     column = lax.axis_index("slice") * THREADS
-    s = look(starts, kv_lens, b)
-    line, segments = lay(starts, kv_lens)
-    # The first part holds the chunks that begin in the same segment as the sequence.
-    place = line.start(b)
-    done = chunks_before(s, (lax.div(place, segments.size) + 1) * segments.size - place)
+    s = first = look(*lens, b)
+    line, segments = lay(*lens)
+    where = b
+    if units is not None:
+      where = jnp.where(units.of[b] < 0, b, p.batch + units.of[b])
+      first = look(*lens, where)
+    # The first part holds the chunks that begin in the same segment as the sequence, or its unit.
+    place = line.start(where)
+    done = chunks_before(first, (lax.div(place, segments.size) + 1) * segments.size - place)
     done = done if is_folded else 1
 
     def one_row(row, columns):
@@ -474,7 +570,7 @@ def forward(
       out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
       return (s.first_token + token) * H + query_head, out.astype(dtype), lse
 
-    @pl.when(s.count > done)
+    @pl.when(s.count > done if units is None else (s.count > done) | (where != b))
     def _():
       if is_interpreted:
 
@@ -534,7 +630,7 @@ def forward(
     interpret=interpret,
   )
   sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
-  lens = operands.kv_lens, operands.query_starts
+  lens = operands.query_starts, operands.kv_lens, units
   query = operands.query.reshape(T * H, D)
   scale_arrays = (operands.k_scales, operands.v_scales) if p.has_scales else ()
   out, lse, *parts = attend(query, operands.k_pages, operands.v_pages, operands.pages, *lens, sinks, *scale_arrays)

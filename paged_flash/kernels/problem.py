@@ -55,6 +55,7 @@ class PagedProblem:
   is_packed: bool  # query_starts given
   has_scales: bool
   has_sinks: bool
+  has_prefixes: bool = False  # leaders and shared_pages given
 
 
 Problem = FlashProblem | PagedProblem
@@ -107,6 +108,8 @@ class PagedOperands(NamedTuple):
   sinks: jax.Array | None = None  # [H]
   k_scales: jax.Array | None = None  # f32[N, page_size, K]
   v_scales: jax.Array | None = None  # f32[N, page_size, K]
+  leaders: jax.Array | None = None  # i32[B]
+  shared_pages: jax.Array | None = None  # i32[B], leading pages that sequence b and sequence leaders[b] have in common
 
 
 class Spans(NamedTuple):

@@ -88,7 +88,7 @@ FORMS = {
   "ours_unquantised": (ZIPF,),
   "ours_apart": (MIXED,),
   "ours_flash": (dataclasses.replace(SMALL, chunk=5),),
-  "ours_cascade": (SHARED,),
+  "ours_shared": (SHARED,),
 }
 
 

@@ -165,6 +165,59 @@ def test_neither_the_batch_nor_where_pages_lie_nor_who_computes_matters():
   assert np.isfinite(out.astype(np.float32)).all()
 
 
+# name -> (kv_lens, query_lens, (leader, shared pages of 16) of each, heads, tiles, units: their sequences and chunks)
+PREFIXES: dict[str, tuple[list[int], list[int], list[tuple[int, int]], tuple[int, int, int], dict[str, int], dict]] = {
+  "two_groups_and_others": (
+    [300, 20, 290, 600, 0, 310, 590],
+    [1] * 7,
+    [(0, 18), (1, 0), (0, 18), (3, 24), (4, 0), (0, 17), (3, 24)],
+    (4, 1, 64),
+    dict(lanes=1),
+    {(0, 2, 5): 2, (3, 6): 2},
+  ),
+  "nothing_of_their_own": ([256, 256], [1, 1], [(0, 16), (0, 16)], (6, 2, 64), {}, {(0, 1): 2}),
+  "more_than_a_tile": ([140, 141, 142], [1] * 3, [(0, 8)] * 3, (32, 1, 64), {}, {(0, 1): 1}),
+  "packed": (
+    [300, 310, 290, 305],
+    [1, 3, 1, 1],
+    [(0, 18)] * 4,
+    (4, 1, 64),
+    dict(lanes=1, num_blocks=2),
+    {(0, 2, 3): 2},
+  ),
+  "dim256": ([300, 310], [1, 1], [(0, 18)] * 2, (2, 1, 256), dict(lanes=1), {(0, 1): 2}),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
+  kv_lens, query_lens, prefixes, heads, tiles, wanted = PREFIXES[name]
+  packed: dict[str, Any] = dict(query_lens=query_lens, num_tokens=sum(query_lens) + 2, max_query_len=max(query_lens))
+  call = cases.paged_call(
+    kv_lens=kv_lens, heads=heads, page_size=16, pages_per_slot=40, **packed if name == "packed" else {}
+  )
+  for b, (leader, count) in enumerate(prefixes):
+    call["pages"][b, :count] = call["pages"][leader, :count]
+  told = call | dict(shared_prefixes=tuple(np.array(prefixes, np.int32).T))
+
+  problem, operands = paged_problem(**told)
+  units = paged_decode_sm90.make_units(problem, paged_decode_sm90.make_chunks(problem, 64), 64, operands)
+  assert units is not None
+  groups = {tuple(np.flatnonzero(units.of == u).tolist()): int(units.chunks[units.leads[u]]) for u in range(len(wanted))}
+  assert groups == wanted
+  assert units.sizes.tolist() == [*map(len, wanted), *[0] * (len(units.sizes) - len(wanted))]
+
+  out, lse = attend(call, **tiles)
+  out_told, lse_told = attend(told, **tiles)
+  alive = slice(None, sum(query_lens))
+  assert (out_told[alive] == out[alive]).all() and (lse_told[alive] == lse[alive]).all()
+  for field in ("query", "k_pages", "v_pages"):
+    call[field] = np.asarray(jnp.asarray(call[field], jnp.bfloat16), np.float32)
+  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
+  assert_close(out_told[alive], want_out[alive])
+  assert_close(lse_told[alive], want_lse[alive])
+
+
 def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
   rng = np.random.default_rng(0)
   for case in range(200):
@@ -343,6 +396,7 @@ def test_flash_attention_is_not_supported():
 
 # --- lowering ---------------------------------------------------------------------------------------------------------
 
+SHARED: dict[str, Any] = dict(is_shared=True)
 # name -> (B, P, page_size, H, K, D, query tokens, arguments)
 CONFIGURATIONS: dict[str, tuple[Any, ...]] = {
   f"page{page}-{dim}": (64, 4096 // page, page, 32, 8, dim, 1, {})
@@ -369,6 +423,10 @@ CONFIGURATIONS |= {
     dict(local_window_size=1000, logits_soft_cap=30.0, sinks=jax.ShapeDtypeStruct((9,), jnp.float32), kv_dtype="int8"),
   ),
   "everything-256": (8, 64, 64, 4, 4, 256, 16, dict(local_window_size=300, logits_soft_cap=30.0)),
+  "shared": (32, 2100, 16, 32, 8, 128, 1, SHARED | dict(sinks=jax.ShapeDtypeStruct((32,), jnp.float32))),
+  "shared-int8": (32, 520, 64, 32, 8, 128, 1, SHARED | dict(kv_dtype="int8")),
+  "shared-packed": (32, 256, 16, 8, 8, 64, 4, SHARED),
+  "shared-dim256": (32, 64, 64, 4, 2, 256, 1, SHARED),
 }
 # Chunks of more tokens than the decode kernel takes.
 CONFIGURATIONS |= {
@@ -390,7 +448,7 @@ def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, argum
   """The arrays of a call, shapes only, and its other arguments; the pool is three times what is needed."""
   struct = jax.ShapeDtypeStruct
   arguments = dict(arguments)
-  kv_dtype = arguments.pop("kv_dtype", None)
+  kv_dtype, is_shared = arguments.pop("kv_dtype", None), arguments.pop("is_shared", False)
   pool = struct((num_pages or 3 * batch * pages_per_slot, page_size, kv_heads, dim), kv_dtype or jnp.bfloat16)
   arrays = dict(
     query=struct((batch * tokens, heads, dim), jnp.bfloat16),
@@ -403,6 +461,8 @@ def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, argum
     arrays |= {name: struct(pool.shape[:3], jnp.float32) for name in ("k_scales", "v_scales")}
   if tokens > 1:
     arrays["query_starts"] = struct((batch + 1,), jnp.int32)
+  if is_shared:
+    arrays["shared_prefixes"] = (arrays["kv_lens"], arrays["kv_lens"])
   arrays |= {name: x for name, x in arguments.items() if isinstance(x, struct)}
   return arrays, dict(max_query_len=tokens) | {name: x for name, x in arguments.items() if not isinstance(x, struct)}
 
