@@ -45,7 +45,7 @@ SWAPS = {
 
 @pytest.mark.parametrize("name", SWAPS)
 def test_same_numbers_as_jax_nn(name):
-  @functools.partial(jax.jit, static_argnums=0, compiler_options=cases.QUICK)
+  @functools.partial(jax.jit, static_argnums=0)
   def run(op, arrays, cotangent):
     out, pull = jax.vjp(lambda q, k, v: op(q, k, v, **SWAPS[name]), *arrays)
     return out, pull(cotangent)
@@ -296,6 +296,17 @@ PAGED_ERRORS = {
   r"kv_lens must count the query tokens, got \[2, 5\] for \[3, 1\]": dict(kv_lens=cases.i32(2, 5)),
   r"without query_starts there must be one query token for each sequence": dict(query_starts=None),
   r"k_scales and v_scales must be given together": dict(k_scales=np.ones((48, 4, 2), np.float32)),
+  r"shared_prefixes must be a pair \(leaders, num_pages\), got 3": dict(shared_prefixes=3),
+  r"shared_prefixes\[1\] must have shape \(2,\), got \(1,\)": dict(shared_prefixes=(cases.i32(0, 1), cases.i32(0))),
+  r"shared_prefixes\[0\] must name sequences 0..1, got 2 for sequence 1": dict(
+    shared_prefixes=(cases.i32(0, 2), cases.i32(0, 0))
+  ),
+  r"shared_prefixes\[1\] must count leading full pages that sequence 1 has in common with its leader 0, got 1": dict(
+    shared_prefixes=(cases.i32(0, 0), cases.i32(0, 1))
+  ),
+  r"shared_prefixes\[1\] must count .* that sequence 1 has in common with its leader 1, got 2": dict(
+    shared_prefixes=(cases.i32(0, 1), cases.i32(2, 2))
+  ),
 }
 
 

@@ -35,7 +35,7 @@ def op(implementation):
   return lambda call: flash_attention(**call, **OPTIONS, implementation=implementation)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=cases.QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def outcome(f, call):
   """Results of f(call) = (out, lse) and the gradients of the float arguments."""
   floats = {name: x for name, x in call.items() if x.dtype != jnp.int32}

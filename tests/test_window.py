@@ -166,11 +166,7 @@ def test_attention_never_reads_a_page_that_was_let_go(kernel, query_lens):
   call = cases.paged_call(**lens)
   size = call["k_pages"].shape[1]
   tiles = dict(block_q=4, block_kv=2 * size, lanes=3) if kernel is xla else {}
-  run = jax.jit(
-    lambda operands, problem: kernel.paged_forward(problem, operands, **tiles),
-    static_argnums=1,
-    compiler_options=cases.QUICK,
-  )
+  run = jax.jit(lambda operands, problem: kernel.paged_forward(problem, operands, **tiles), static_argnums=1)
   whole = run(*reversed(paged_problem(**call)))
   for b, kv_len in enumerate(lens["kv_lens"]):
     first = max(kv_len - (1 if query_lens is None else query_lens[b]) - 5, 0) // size

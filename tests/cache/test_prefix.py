@@ -259,3 +259,30 @@ def test_stamps_are_numbered_anew_before_they_overflow():
   pool.release(0)
   assert int(pool.index.freed.max()) <= N
   assert pool.index.freed[2] < pool.index.freed[1] < pool.index.freed[0]
+
+
+def test_shared_prefixes_are_those_of_a_tree():
+  """Against each pair's common pages, counted: whoever shares most of its pages with anyone has a leader that does."""
+  rng = np.random.default_rng(0)
+  find = jax.jit(prefix.shared_prefixes, static_argnums=2)
+  for _ in range(30):
+    B, P, page_size = 9, 21, 4
+    pages = np.arange(B * P, dtype=np.int32).reshape(B, P)
+    for b in range(1, B):  # a tree: each begins like one before it
+      common = rng.choice([0, 1, 2, 7, 8, 20])
+      pages[b, :common] = pages[rng.integers(b), :common]
+    lens = rng.integers(0, P * page_size + 1, B).astype(np.int32)
+    full = lens // page_size
+    pages[np.arange(P) >= -(-lens // page_size)[:, None]] = NO_PAGE
+    same = np.cumprod(pages[:, None] == pages, axis=2).sum(2)
+    common = np.minimum(same, np.minimum(full[:, None], full))  # i64[B, B]
+    leaders, counts = map(np.asarray, find(pages, lens, page_size))
+    for b in range(B):
+      if (leader := leaders[b]) != b:
+        most = max(common[b, other] for other in range(B) if other != b)
+        assert counts[b] == common[b, leader] and counts[b] >= 1 << (int(most).bit_length() - 1) >= 1
+      else:
+        assert counts[b] == max((common[b, f] for f in range(B) if leaders[f] == b and f != b), default=0)
+    alone = [b for b in range(B) if counts[b] == 0]
+    for b in alone:  # nobody is left out whom another, left out too, begins like
+      assert all(common[b, other] == 0 for other in alone if other != b)

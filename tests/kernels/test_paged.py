@@ -22,16 +22,16 @@ def _run(kernel, problem, operands):
   return kernel.paged_forward(problem, operands, **(TILES if kernel is xla else {}))
 
 
-run = jax.jit(_run, static_argnums=(0, 1))  # as users run it: for what holds bit for bit
-run_quick = jax.jit(_run, static_argnums=(0, 1), compiler_options=cases.QUICK)
+run = jax.jit(_run, static_argnums=(0, 1))
+run_optimised = jax.jit(_run, static_argnums=(0, 1), compiler_options=cases.OPTIMISED)
 
 
 def attend(kernel, call):
-  return run(kernel, *paged_problem(**call))
+  return run_optimised(kernel, *paged_problem(**call))
 
 
 def assert_is_oracle(kernel, call, factor=1.0):
-  out, lse = run_quick(kernel, *paged_problem(**call))
+  out, lse = run(kernel, *paged_problem(**call))
   want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
   assert_close(out, want_out, factor=factor)
   assert_close(lse, want_lse, factor=factor)
@@ -93,7 +93,7 @@ def test_low_precision(dtype):
   call = cases.paged_call(**MIXED)
   for field in ("query", "k_pages", "v_pages"):
     call[field] = np.asarray(jnp.asarray(call[field], dtype))
-  out, lse = run_quick(xla, *paged_problem(**call))
+  out, lse = run(xla, *paged_problem(**call))
   want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
   assert out.dtype == dtype and lse.dtype == jnp.float32
   assert_close(out, want_out)

@@ -119,10 +119,14 @@ def drawn(quantised: str | None = None, **arguments: Any) -> dict[str, Any]:
   return call if quantised is None else quantise(call, quantised)
 
 
-def attend(call: dict[str, Any], dtype: Any = jnp.bfloat16, **tiles: int) -> tuple[np.ndarray, np.ndarray]:
+def attend(
+  call: dict[str, Any], dtype: Any = jnp.bfloat16, pages: np.ndarray | None = None, **tiles: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Of the call, with another table, if one is given, than its checks saw."""
   fields = ["query"] if "k_scales" in call else ["query", "k_pages", "v_pages"]
   rounded: dict[str, Any] = {x: np.asarray(jnp.asarray(call[x], dtype)) for x in fields}
   problem, operands = paged_problem(**call | rounded)
+  operands = operands if pages is None else operands._replace(pages=jnp.asarray(pages))
   with mosaic_help.interpreter():
     return mosaic_help.interpreted(
       lambda operands, interpret: paged_sm90.paged_forward(problem, operands, interpret=interpret, **TILES | tiles),
@@ -203,12 +207,18 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   problem, operands = paged_problem(**told)
   units = paged_decode_sm90.make_units(problem, paged_decode_sm90.make_chunks(problem, 64), 64, operands)
   assert units is not None
-  groups = {tuple(np.flatnonzero(units.of == u).tolist()): int(units.chunks[units.leads[u]]) for u in range(len(wanted))}
-  assert groups == wanted
+  members = [tuple(np.flatnonzero(units.of == u).tolist()) for u in range(len(wanted))]
+  assert {who: int(units.chunks[who[0]]) for who in members} == wanted
   assert units.sizes.tolist() == [*map(len, wanted), *[0] * (len(units.sizes) - len(wanted))]
 
+  # Nobody but the first of a unit is asked where the chunks lie that it shares.
+  pages = call["pages"].copy()
+  (nobodys,) = np.isnan(call["k_pages"]).all((1, 2, 3)).nonzero()
+  for who, chunks in wanted.items():
+    chunk = int(paged_decode_sm90.make_chunks(problem, 64).size(-(-kv_lens[who[0]] // 64))) * 64 // 16
+    pages[list(who[1:]), : chunks * chunk] = nobodys[0]
   out, lse = attend(call, **tiles)
-  out_told, lse_told = attend(told, **tiles)
+  out_told, lse_told = attend(told, pages=pages, **tiles)
   alive = slice(None, sum(query_lens))
   assert (out_told[alive] == out[alive]).all() and (lse_told[alive] == lse[alive]).all()
   for field in ("query", "k_pages", "v_pages"):

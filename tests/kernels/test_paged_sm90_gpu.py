@@ -10,7 +10,8 @@ import pytest
 
 import paged_flash as pf
 from paged_flash import tuning
-from paged_flash.kernels import paged_sm90, reference
+from paged_flash.cache import prefix
+from paged_flash.kernels import paged_decode_sm90, paged_sm90, reference
 from paged_flash.kernels.arguments import paged_problem, target
 from paged_flash.kernels.problem import is_hopper
 from tests.tolerances import assert_close
@@ -189,6 +190,37 @@ def test_who_computes_makes_no_difference(name):
   for num_blocks in (1, 7, 40):
     for x, y in zip(run(num_blocks, operands), want, strict=True):
       assert (x == y).all()
+
+
+SHARED: dict[str, Case] = {
+  "decode": Case([9000 + 37 * b for b in range(40)], (32, 8, 128)),
+  "sinks": Case([3000 + 13 * b for b in range(20)], (9, 3, 64), options=dict(sinks="sinks")),
+  "dim256": Case([3000 + 13 * b for b in range(9)], (8, 2, 256), 64),
+  "speculative": Case([5000] * 12, (8, 2, 128), query_lens=[1, 3] * 6),
+  "int8": Case([9000 + 37 * b for b in range(9)], (8, 2, 128), quantised="int8"),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
+  """A prefix of all, and a longer one of every third."""
+  case = SHARED[name]
+  arrays, options = drawn(case)
+  pages, lens = np.array(arrays["pages"]), np.asarray(case.kv_lens)
+  pages[:, : 2048 // case.page_size] = pages[0, : 2048 // case.page_size]
+  pages[::3, : 2900 // case.page_size] = pages[0, : 2900 // case.page_size]
+  arrays["pages"] = jnp.asarray(pages)
+  leaders, counts = prefix.shared_prefixes(arrays["pages"], jnp.asarray(lens), case.page_size)
+  assert (np.asarray(counts) >= 2048 // case.page_size).all()
+  problem, operands = paged_problem(**arrays, **options, shared_prefixes=(leaders, counts))
+  tiles = tuning.tiles(problem, "sm90")
+  run = jax.jit(lambda operands: paged_sm90.paged_forward(problem, operands, **tiles))
+  units = paged_decode_sm90.make_units(
+    problem, paged_decode_sm90.make_chunks(problem, tiles["block_kv"]), tiles["block_kv"], operands
+  )
+  assert units is not None and (units.sizes > 1).any()
+  for x, y in zip(run(operands), ours(tuple(options.items()), arrays), strict=True):
+    assert (x == y).all()
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

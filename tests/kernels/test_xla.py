@@ -34,7 +34,7 @@ def test_forward_is_the_oracle_and_backward_the_definition(name):
 def test_only_blocks_with_visible_pairs_are_visited(name):
   problem, operands = flash_problem(**cases.flash_call(name))
 
-  @functools.partial(jax.jit, compiler_options=cases.QUICK)
+  @jax.jit
   def bounds(operands):
     flash = xla._Flash(problem, operands, **TILES)
     visible = reference.visible(problem, operands).any((0, 1))
