@@ -120,7 +120,7 @@ def drawn(quantised: str | None = None, **arguments: Any) -> dict[str, Any]:
 
 
 def attend(
-  call: dict[str, Any], dtype: Any = jnp.bfloat16, pages: np.ndarray | None = None, **tiles: int
+  call: dict[str, Any], dtype: Any = jnp.bfloat16, pages: Any = None, **tiles: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Of the call, with another table, if one is given, than its checks saw."""
   fields = ["query"] if "k_scales" in call else ["query", "k_pages", "v_pages"]
@@ -202,7 +202,7 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   )
   for b, (leader, count) in enumerate(prefixes):
     call["pages"][b, :count] = call["pages"][leader, :count]
-  told = call | dict(shared_prefixes=tuple(np.array(prefixes, np.int32).T))
+  told: dict[str, Any] = call | dict(shared_prefixes=tuple(np.array(prefixes, np.int32).T))
 
   problem, operands = paged_problem(**told)
   units = paged_decode_sm90.make_units(problem, paged_decode_sm90.make_chunks(problem, 64), 64, operands)
@@ -460,7 +460,7 @@ def shapes(batch, pages_per_slot, page_size, heads, kv_heads, dim, tokens, argum
   arguments = dict(arguments)
   kv_dtype, is_shared = arguments.pop("kv_dtype", None), arguments.pop("is_shared", False)
   pool = struct((num_pages or 3 * batch * pages_per_slot, page_size, kv_heads, dim), kv_dtype or jnp.bfloat16)
-  arrays = dict(
+  arrays: dict[str, Any] = dict(
     query=struct((batch * tokens, heads, dim), jnp.bfloat16),
     k_pages=pool,
     v_pages=pool,
