@@ -750,14 +750,14 @@ class Rows(NamedTuple):
 
 def _place(rows: Rows, row: Any, first: Any, count: Any, *more: Any) -> tuple[Any, Any]:
   """(whether a row lies somewhere, X as i64); first, count and more are `rows.traced()` in registers."""
-  index, at, *skip = more if rows.index is not None else (None, None, *more)
+  index, skip = (None, more) if rows.index is None else (more[0], more[2:])
   i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
   constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
   alive = arith.cmpi(arith.CmpIPredicate.slt, row, count.registers.item())
   row = arith.addi(row, skip[0].registers.item()) if skip else row
   group = arith.divui(row, constant(rows.group))
   if index is not None:
-    at = at.registers.item()
+    at = more[1].registers.item()
     is_indexed = arith.cmpi(arith.CmpIPredicate.sge, at, constant(0))
     y = arith.addi(arith.maxsi(at, constant(0)), group)
     pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(index), [arith.extsi(i64, y)], i32)

@@ -156,7 +156,9 @@ def sequence(
   problem: PagedProblem, chunks: Chunks, block_kv: int, starts: Any, kv_lens: Any, units: Units | None, b: Any
 ) -> Sequence:
   """Reads sequence b's lengths; `starts` is None where every sequence has one token."""
-  p, unit, row, begin = problem, None, b, 0
+  p: PagedProblem = problem
+  unit: Any = None
+  p, row, begin = problem, b, 0
   if units is not None:
     unit = b - p.batch
     u = jnp.maximum(unit, 0)
@@ -291,11 +293,11 @@ def forward(
   # Two accumulators of head_dim 256 are more than the registers of a warpgroup.
   is_folded = chunks.max_count > 1 and D <= 128
 
-  def lay(*lens):
+  def lay(starts, kv_lens, units):
     """The line of tiles, units after sequences, and its segments."""
 
     def length(b):
-      s = look(*lens, b)
+      s = look(starts, kv_lens, units, b)
       return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1), 0)
 
     line = Line(p.batch + num_units, length, interpret=is_interpreted)
