@@ -135,7 +135,8 @@ def measure(config: Config, workdir: Workdir) -> tuple[dict[tuple[str, str], lis
   answer, table = workdir.path / "calls.json", workdir.path / "ncu.csv"
   job = dict(cases=[dataclasses.asdict(case) for case in config.problems], peers=config.peers, dtype=config.dtype)
   job |= dict(implementation=config.implementation, threads=config.compile_threads, answer=str(answer.resolve()))
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="  # kernels one by one, not as a graph
+  # Kernels one by one, not as a graph; and none is tried out beside others, which under ncu takes minutes.
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
   environment = os.environ | dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", XLA_FLAGS=flags.strip())
   for old in (answer, table):
     old.unlink(missing_ok=True)
