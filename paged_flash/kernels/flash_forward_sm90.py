@@ -4,10 +4,11 @@ One block computes tiles of `num_wgs * 64` queries of one head, 64 rows for each
 `forward_loop_sm90` says; one more warpgroup fetches K and V by TMA into two rings of `stages` tiles.
 
 Each row sees one interval of keys: causality, windows and lengths give its ends by arithmetic; segments are compared
-inside it. Tiles that no row of a block sees are not visited. With static lengths a block stays on its multiprocessor
-and works through a list of query tiles made when tracing (`make_schedule`), a few heads at a time so that K and V stay
-in the L2 cache; otherwise every query tile is a block and the hardware hands them out. Blocks in clusters of two take
-neighbouring queries, and each fetches half of every K and V tile for both.
+inside it. Tiles that no row of a block sees are not visited. A block stays on its multiprocessor and works through a
+list of query tiles, a few heads at a time so that K and V stay in the L2 cache. With static lengths the list is made
+when tracing (`make_schedule`); otherwise tiles are dealt in rounds (`mosaic.dealt`), those past the end of their
+sequence apart. Blocks in clusters of two take neighbouring queries, and each fetches half of every K and V tile for
+both.
 """
 
 import dataclasses
@@ -136,9 +137,12 @@ def forward(
   items = query_tiles * p.batch * H
   is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
   order = kernel_order(p, rows_together)
-  schedule = None
+  workers = min(num_blocks // cluster, items)
+  schedule = live = None
   if is_static and items <= 2**16:
-    schedule = make_schedule(p, order, rows_together, block_kv, min(num_blocks // cluster, items))
+    schedule = make_schedule(p, order, rows_together, block_kv, workers)
+  elif operands.query_lens is not None:
+    live = _live_first(p, order, rows_together, operands.query_lens)
   out_columns = Dv if Dv <= 128 else Dv // 2
   right_masks = p.is_causal or p.window is not None or p.has_kv_lens or S % block_kv != 0
   left_masks = p.window is not None and p.window[0] is not None
@@ -149,15 +153,17 @@ def forward(
     return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
 
   def kernel(
-    table, q_gmem, k_gmem, v_gmem, query_lens, kv_lens, query_ids, kv_ids, bounds, sinks, out_gmem, lse_gmem, *scratch
+    table, live, q_gmem, k_gmem, v_gmem, query_lens, kv_lens, query_ids, kv_ids, bounds, sinks,
+    out_gmem, lse_gmem, *scratch,
   ):  # fmt: skip
     q_smem, k_smem, v_smem, o_smem, lse_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed = scratch
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-    steps = 1 if table is None else table[block, 0]
-
-    def at(step):
-      """Index of the block's n-th item."""
-      return block if table is None else table[block, 1 + step]
+    listed, num_live = (None, jnp.int32(items)) if live is None else (live[0], live[1][0])
+    if table is not None:
+      steps, at = table[block, 0], lambda step: table[block, 1 + step]
+    else:
+      steps, place = mosaic.dealt(num_live, block, workers)
+      at = place if listed is None else lambda step: listed[place(step)]
 
     def item(index):
       bh, tile = order.place(index)
@@ -234,6 +240,21 @@ def forward(
             plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
           plgpu.copy_smem_to_gmem(o_tile, out_gmem.at[work.batch, rows, work.head, pl.ds(start, out_columns)])
 
+      def write_nothing(listed):
+        """For the tiles of queries past the end of their sequence."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o_tile[...] = mosaic.full((ROWS, out_columns), 0.0).astype(dtype)
+        lse_tile[...] = mosaic.full((ROWS,), -jnp.inf, ROW)
+        plgpu.commit_smem()
+
+        @pl.loop(num_live + block, items, step=workers)
+        def _(index):
+          work = item(listed[index])
+          rows = pl.ds(work.first + warpgroup * ROWS, ROWS)
+          plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
+          for start in range(0, Dv, out_columns):
+            plgpu.copy_smem_to_gmem(o_tile, out_gmem.at[work.batch, rows, work.head, pl.ds(start, out_columns)])
+
       loop = Loop(
         dtype=dtype,
         num_wgs=num_wgs,
@@ -250,7 +271,9 @@ def forward(
         write=write,
       )
       tiles = Tiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-      attend(loop, tiles, warpgroup, steps)
+      pl.when(steps > 0)(lambda: attend(loop, tiles, warpgroup, steps))
+      if listed is not None:
+        write_nothing(listed)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == num_wgs)
@@ -321,7 +344,7 @@ def forward(
       jax.ShapeDtypeStruct((*query.shape[:3], Dv), dtype),
       jax.ShapeDtypeStruct((p.batch, H, lse_rows), jnp.float32),
     ),
-    grid=(items if schedule is None else len(schedule),),
+    grid=(workers,),
     grid_names=("block",),
     cluster=() if cluster == 1 else (cluster,),
     cluster_names=() if cluster == 1 else ("pair",),
@@ -342,8 +365,18 @@ def forward(
   )
   table = None if schedule is None else jnp.asarray(schedule)
   lens, segments = (operands.query_lens, operands.kv_lens), _segments(p, operands, rows_together, block_kv)
-  out, lse = mosaic.untyped(call, table, query, key, value, *lens, *segments, operands.sinks)
+  out, lse = mosaic.untyped(call, table, live, query, key, value, *lens, *segments, operands.sinks)
   return out[:, :T], lse[..., :T]
+
+
+def _live_first(problem: FlashProblem, order: Order, rows: int, query_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Items (i32[n]) in their order, those of `rows` queries past the end of their sequence last; i32[1], the others."""
+  index = np.arange(order.query_tiles * problem.batch * problem.num_heads)
+  head, tile = order.place(index)
+  live = tile * rows < query_lens[head // problem.num_heads]
+  count = jnp.cumsum(live, dtype=jnp.int32)
+  place = jnp.where(live, count - 1, count[-1] + index - count)
+  return jnp.zeros(index.size, jnp.int32).at[place].set(index, unique_indices=True), count[-1:]
 
 
 def _heads_together(problem: FlashProblem) -> int:

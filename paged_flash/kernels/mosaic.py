@@ -570,6 +570,20 @@ def deal(costs: Iterable[float], num_blocks: int) -> np.ndarray:
   return table
 
 
+def dealt(count: Any, block: Any, num_blocks: int) -> tuple[Any, Callable[[Any], Any]]:
+  """How many of `count` (traced) items a block has, and the function that says which its n-th is.
+
+  Items are dealt in rounds, back and forth: who comes first in one comes last in the next, so that blocks have about
+  equal work where items in order cost less and less, or the more again every few rounds.
+  """
+
+  def place(n):
+    return jnp.where(lax.rem(n, jnp.int32(2)) == 0, block, num_blocks - 1 - block)
+
+  rounds, rest = lax.div(count, jnp.int32(num_blocks)), lax.rem(count, jnp.int32(num_blocks))
+  return rounds + jnp.where(place(rounds) < rest, 1, 0), lambda n: n * num_blocks + place(n)
+
+
 class Turn:
   """Warpgroups take turns at the tensor cores: one computes its softmax while another multiplies ("ping-pong").
 

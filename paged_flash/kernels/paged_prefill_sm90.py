@@ -112,16 +112,7 @@ def forward(
   ):  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
     items = counts[0] * K
-    rounds, rest = divide(items, num_blocks)
-
-    def back_and_forth(n):
-      """The block's place in the n-th round: who comes first in one comes last in the next."""
-      return jnp.where(lax.rem(n, jnp.int32(2)) == 0, block, num_blocks - 1 - block)
-
-    steps = rounds + jnp.where(back_and_forth(rounds) < rest, 1, 0)
-
-    def at(step):
-      return step * num_blocks + back_and_forth(step)
+    steps, at = mosaic.dealt(items, block, num_blocks)
 
     def item(index):
       tile, head = divide(index, K)

@@ -33,7 +33,7 @@ CASES = {
   "segments": (1, 220, 220, 1, 1, 64, {}, dict(is_causal=True, segment_ids="segments")),
   "segments_long": (1, 256, 256, 1, 1, 64, dict(num_wgs=1), dict(segment_ids="long_segments")),
   "segments_random": (1, 130, 200, 1, 1, 64, dict(num_wgs=1), dict(segment_ids=("random_query_ids", "random_ids"))),
-  "lengths": (3, 66, 90, 1, 1, 64, dict(num_wgs=1), dict(is_causal=True, **LENS)),
+  "lengths": (3, 66, 90, 1, 1, 64, dict(num_wgs=1, num_blocks=2), dict(is_causal=True, **LENS)),
   "lengths_self": (2, 77, 77, 1, 1, 64, {}, dict(is_causal=True, key_value_seq_lengths="kv_lens")),
   "sinks_cap": (1, 70, 130, 2, 2, 64, {}, dict(sinks="sinks", logits_soft_cap=3.0, scale=0.4)),
   "value_dim_64": (1, 130, 130, 1, 1, (128, 64), {}, dict(is_causal=True)),

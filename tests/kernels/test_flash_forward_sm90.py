@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_flash.kernels import reference
+from paged_flash.kernels import mosaic, reference
 from paged_flash.kernels.arguments import flash_problem
 from paged_flash.kernels.flash_forward_sm90 import ITEM_COST, Order, forward, make_schedule
 from paged_flash.kernels.problem import FlashOperands
@@ -61,3 +62,20 @@ def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments):
     cost.append(ITEM_COST + (1 if seen.size == 0 else seen.max() - seen.min() + 1))
   loads = [sum(cost[places[index, 1]] for index in row) for row in rows]
   assert max(loads) - min(loads) <= max(cost)
+
+
+def test_items_are_dealt_once_each_in_order_and_in_balance():
+  """Costs that fall, again and again: no block gets more than a few of the dearest above the mean."""
+  dealt = jax.jit(lambda count, block, num_blocks: mosaic.dealt(count, block, num_blocks)[0], static_argnums=2)
+  for count, num_blocks, period in [(1, 1, 1), (7, 3, 2), (500, 132, 128), (4096, 66, 16), (2000, 132, 2000)]:
+    cost = 1.0 + (period - 1 - np.arange(count) % period)
+    everything, loads = [], []
+    for block in range(num_blocks):
+      steps = int(dealt(jnp.int32(count), block, num_blocks))
+      _, at = mosaic.dealt(jnp.int32(count), block, num_blocks)
+      mine = np.asarray(at(jnp.arange(steps))).tolist()
+      assert mine == sorted(mine)  # whoever waits for earlier items can never wait for himself
+      everything += mine
+      loads.append(cost[mine].sum())
+    assert sorted(everything) == list(range(count))
+    assert max(loads) <= np.mean(loads) + 2 * cost.max()
