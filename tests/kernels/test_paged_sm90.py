@@ -12,6 +12,7 @@ import pytest
 import paged_flash as pf
 from paged_flash.kernels import mosaic, paged_decode_sm90, paged_prefill_sm90, paged_sm90
 from paged_flash.kernels.arguments import flash_problem, paged_problem
+from paged_flash.kernels.problem import PagedOperands
 from tests.kernels import cases, mosaic_help, oracle
 from tests.kernels.test_arguments import pretend
 from tests.tolerances import assert_close
@@ -171,16 +172,14 @@ def test_neither_the_batch_nor_where_pages_lie_nor_who_computes_matters():
 
 # name -> (kv_lens, query_lens, (leader, shared pages of 16) of each, heads, tiles, units: their sequences and chunks)
 PREFIXES: dict[str, tuple[list[int], list[int], list[tuple[int, int]], tuple[int, int, int], dict[str, int], dict]] = {
-  "two_groups_and_others": (
-    [300, 20, 290, 600, 0, 310, 590],
-    [1] * 7,
-    [(0, 18), (1, 0), (0, 18), (3, 24), (4, 0), (0, 17), (3, 24)],
+  "three_groups_one_with_nothing_of_its_own_and_others": (
+    [300, 20, 290, 600, 0, 310, 590, 256, 256],
+    [1] * 9,
+    [(0, 18), (1, 0), (0, 18), (3, 24), (4, 0), (0, 17), (3, 24), (7, 16), (7, 16)],
     (4, 1, 64),
     dict(lanes=1),
-    {(0, 2, 5): 2, (3, 6): 2},
+    {(0, 2, 5): 2, (3, 6): 2, (7, 8): 2},
   ),
-  "nothing_of_their_own": ([256, 256], [1, 1], [(0, 16), (0, 16)], (6, 2, 64), {}, {(0, 1): 2}),
-  "more_than_a_tile": ([140, 141, 142], [1] * 3, [(0, 8)] * 3, (32, 1, 64), {}, {(0, 1): 1}),
   "packed": (
     [300, 310, 290, 305],
     [1, 3, 1, 1],
@@ -226,6 +225,48 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
   assert_close(out_told[alive], want_out[alive])
   assert_close(lse_told[alive], want_lse[alive])
+
+
+def test_units_are_as_large_as_they_can_be():
+  """Against sequences sorted by hand into those that share the same chunks with the same leader, a tile at a time."""
+  rng = np.random.default_rng(0)
+  for case in range(20):
+    batch, group = 13, int(rng.choice([4, 20, 21, 32]))
+    lens = rng.choice([0, 100, 600, 2000], batch) + rng.integers(0, 17, batch) * (case % 2)
+    leaders = rng.choice([0, 3, 5], batch)
+    leaders[leaders] = leaders  # each leader leads itself
+    pages = np.minimum(np.minimum(lens, lens[leaders]) // 16, rng.choice([0, 30, 125], batch))
+    query_lens = rng.integers(1, 3, batch) if case % 3 == 0 else np.ones(batch, int)
+    starts = np.concatenate([[0], np.cumsum(query_lens)])
+    problem = problem_of(
+      num_heads=group, batch=batch, num_tokens=30, max_query_len=2, pages_per_slot=200, has_prefixes=True
+    )
+    chunks = paged_decode_sm90.make_chunks(problem, 64)
+    arrays = dict(kv_lens=lens, query_starts=starts, leaders=leaders, shared_pages=pages)
+    unread = dict.fromkeys(("query", "k_pages", "v_pages", "pages"), jnp.zeros(0))
+    operands = PagedOperands(**unread, **{name: jnp.asarray(x, jnp.int32) for name, x in arrays.items()})
+    units = paged_decode_sm90.make_units(problem, chunks, 64, operands)
+    alike: dict[Any, list[int]] = {}
+    for b in range(batch):
+      size = int(chunks.size(-(-int(lens[b]) // 64)))
+      if query_lens[b] == 1 and (shared := pages[b] * 16 // (size * 64)):
+        alike.setdefault((leaders[b], size, shared), []).append(b)
+    most = 64 // group
+    wanted = {
+      tuple(who[i : i + most]): shared
+      for (_, _, shared), who in alike.items()
+      for i in range(0, len(who), most)
+      if len(who) > i + 1
+    }
+    assert units is not None
+    of, width = np.asarray(units.of), -(-64 // group)
+    got = {tuple(np.flatnonzero(of == u).tolist()): u for u in range(len(units.sizes)) if units.sizes[u]}
+    assert {who: int(units.chunks[who[0]]) for who in got} == wanted
+    for who, u in got.items():
+      assert units.leads[u] == who[0] and units.sizes[u] == len(who) <= most
+      assert units.tokens[u * width : u * width + len(who)].tolist() == starts[list(who)].tolist()
+    alone = np.setdiff1d(np.arange(batch), np.concatenate([[], *got]).astype(int))
+    assert (np.asarray(units.chunks)[alone] == 0).all() and (of[alone] == -1).all()
 
 
 def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
