@@ -542,38 +542,33 @@ def forward(
     head, some_rows = divide(lax.axis_index("rows"), row_blocks)
     column = lax.axis_index("slice") * THREADS
     s = first = look(*lens, b)
-    line, segments = lay(*lens)
-    where = b
+    where, has_unit = b, False
     if units is not None:
-      where = jnp.where(units.of[b] < 0, b, p.batch + units.of[b])
+      has_unit = units.of[b] >= 0
+      where = jnp.where(has_unit, p.batch + units.of[b], b)
       first = look(*lens, where)
-    # The first part holds the chunks that begin in the same segment as the sequence, or its unit.
-    place = line.start(where)
-    done = chunks_before(first, (lax.div(place, segments.size) + 1) * segments.size - place)
-    done = done if is_folded else 1
 
-    def one_row(row, columns):
-      def part(chunk):
-        index = ((b * chunks.max_count + chunk) * K + head) * max_rows + row
-        return part_gmem[index, columns], top_gmem[index], total_gmem[index]
+    def fold_parts(done):
+      def one_row(row, columns):
+        def part(chunk):
+          index = ((b * chunks.max_count + chunk) * K + head) * max_rows + row
+          return part_gmem[index, columns], top_gmem[index], total_gmem[index]
 
-      def some(step, state):
-        first = done + step * AT_ONCE
-        loaded = [part(jnp.minimum(first + n, s.count - 1)) for n in range(AT_ONCE)]
-        for n, x in enumerate(loaded):
-          more = mosaic.fold(state, x, factor, interpret=is_interpreted)
-          state = tuple(jnp.where(first + n < s.count, y, z) for y, z in zip(more, state, strict=True))
-        return state
+        def some(step, state):
+          first = done + step * AT_ONCE
+          loaded = [part(jnp.minimum(first + n, s.count - 1)) for n in range(AT_ONCE)]
+          for n, x in enumerate(loaded):
+            more = mosaic.fold(state, x, factor, interpret=is_interpreted)
+            state = tuple(jnp.where(first + n < s.count, y, z) for y, z in zip(more, state, strict=True))
+          return state
 
-      state = lax.fori_loop(0, cdiv(s.count - done, AT_ONCE), some, part(0))
-      token, query_head = divide(row, group)
-      query_head += head * group
-      sink = None if sinks is None else with_sink(s, sinks[query_head])
-      out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
-      return (s.first_token + token) * H + query_head, out.astype(dtype), lse
+        state = lax.fori_loop(0, cdiv(s.count - done, AT_ONCE), some, part(0))
+        token, query_head = divide(row, group)
+        query_head += head * group
+        sink = None if sinks is None else with_sink(s, sinks[query_head])
+        out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
+        return (s.first_token + token) * H + query_head, out.astype(dtype), lse
 
-    @pl.when(s.count > done if units is None else (s.count > done) | (where != b))
-    def _():
       if is_interpreted:
 
         @pl.loop(0, rows_per_block)
@@ -597,6 +592,15 @@ def forward(
         index, out, lse = one_row(jnp.where(is_alive, row, 0), columns)
         mosaic.store_value(out_gmem, index, columns, out, is_alive)
         mosaic.store_value(lse_gmem, index, None, lse, is_alive & (columns == 0))
+
+    @pl.when(((s.count > 1) | has_unit) & (some_rows * rows_per_block < s.query_len * group))
+    def _():  # all others need not measure the line
+      line, segments = lay(*lens)
+      # The first part holds the chunks that begin in the same segment as the sequence, or its unit.
+      place = line.start(where)
+      done = chunks_before(first, (lax.div(place, segments.size) + 1) * segments.size - place)
+      done = done if is_folded else 1
+      pl.when((s.count > done) | has_unit)(lambda: fold_parts(done))
 
   rows_per_block = max(1, THREADS // D)
   row_blocks = cdiv(max_rows, rows_per_block)
