@@ -2,9 +2,10 @@
 
     python -m experiments.soak --config=configs/soak/starved.py
 
-Many small worlds side by side, each with a scheduler, a pool of token numbers in place of K and V, and a random stream
-of operations: submit (one request or several samples), step (plan, copy, write, read, commit), cancel, keep the state,
-go back to the one kept. After each one everything is recomputed and compared, inside the same program.
+Many small worlds side by side, each with a scheduler, a pool of token numbers in place of K and V, another in host
+memory, and a random stream of operations: submit (one request or several samples), step (plan, swap, copy, write, read,
+commit), cancel, keep the state, go back to the one kept. After each one everything is recomputed and compared, inside
+the same program.
 """
 
 import dataclasses
@@ -36,7 +37,10 @@ FAULTS = (
   "shared_writes",  # tokens written into a page with a ref count other than 1
   "foreign_tokens",  # read back through the pages, by slots that compute or by the index, and not what they should be
 )
-COUNTS = ("submitted", "admitted", "found_tokens", "copies", "preempted", "ended", "evicted")
+COUNTS = (
+  *("submitted", "admitted", "found_tokens", "copies", "preempted", "ended", "evicted"),
+  *("pages_swapped_out", "pages_swapped_in"),
+)
 _WORDS = 3  # that prompts are made of, so that many start alike
 _VOCAB = 40
 
@@ -48,6 +52,7 @@ class Config:
   policies: tuple[str, ...] = ("first_come", "by_priority", "longest_prefix_first")
   num_slots: int = 3
   num_pages: int = 7
+  num_host_pages: int = 5
   page_size: int = 3
   max_seq_len: int = 24  # more than the pool holds
   queue_size: int = 6
@@ -58,10 +63,17 @@ class Config:
   result: str = ""  # name under experiments/results/soak/<device>/ to write to; "" writes none
 
 
+class Pools(NamedTuple):
+  """The token in each place of each page."""
+
+  device: jax.Array  # i32[N, page_size]
+  host: jax.Array  # i32[num_host_pages, page_size]
+
+
 class World(NamedTuple):
   state: State
-  pool: jax.Array  # i32[N, page_size]  the token in each place
-  kept: tuple[State, jax.Array]  # a state and its pool, to go back to
+  pool: Pools
+  kept: tuple[State, Pools]  # to go back to
   kinds: jax.Array  # i32[K]  operations so far
   faults: jax.Array  # i32[F]
   counts: jax.Array  # i32[C]
@@ -86,6 +98,7 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
       worlds = several(worlds, jax.random.fold_in(key, i))
       state = jax.tree.map(lambda leaf, i=i: leaf[i % config.num_worlds], worlds.state)
       page_table.check(state.table)  # what tests call, on one of them
+      page_table.check(state.host)
       prefix.check(state.index, state.table)
     seconds = time.perf_counter() - start
     worlds, left = drained(config, getattr(policies, name), worlds)
@@ -113,8 +126,9 @@ def first(config: Config) -> World:
     num_requests=config.queue_size,
     max_seq_len=config.max_seq_len,
     num_stop_ids=1,
+    num_host_pages=config.num_host_pages,
   )
-  pool = jnp.full((config.num_pages, config.page_size), -1)
+  pool = Pools(*[jnp.full((n, config.page_size), -1) for n in (config.num_pages, config.num_host_pages)])
   kinds, faults, counts = (jnp.zeros(len(names), jnp.int32) for names in (KINDS, FAULTS, COUNTS))
   return World(state, pool, (state, pool), kinds, faults, counts)
 
@@ -179,9 +193,10 @@ def step(config: Config, policy: scheduler.Policy, world: World) -> tuple[World,
   before = world.state
   state, plan = scheduler.plan(before, token_budget=config.token_budget, chunk_size=config.chunk_size, policy=policy)
   N, S = config.num_pages, config.num_slots
-  copies = plan.copies
-  copied = jnp.where(copies.dst == NO_PAGE, N, copies.dst)
-  pool = world.pool.at[copied].set(world.pool[copies.src], mode="drop")
+  assert plan.swap_out is not None and plan.swap_in is not None
+  host = copied(world.pool.host, plan.swap_out, world.pool.device)
+  pool = copied(world.pool.device, plan.swap_in, host)
+  pool = copied(pool, plan.copies, pool)
   packed = pack(state, plan, config.token_budget)
   page = jnp.where(packed.pages == NO_PAGE, N, packed.pages)
   pool = pool.at[page, packed.offsets].set(packed.tokens, mode="drop")
@@ -200,26 +215,27 @@ def step(config: Config, policy: scheduler.Policy, world: World) -> tuple[World,
   new: dict[str, jax.Array] = dict(
     admitted=jnp.sum(events.admitted != NOBODY),
     found_tokens=jnp.sum(events.cached),
-    copies=jnp.sum(copies.dst != NO_PAGE),
+    copies=jnp.sum(plan.copies.dst != NO_PAGE),
     preempted=jnp.sum(events.preempted != NOBODY),
     ended=jnp.sum(events.finish != LIVE) + (events.ended != NOBODY),
     evicted=jnp.sum(before.index.cached & ~state.index.cached),
+    pages_swapped_out=jnp.sum(events.swapped_out),
+    pages_swapped_in=jnp.sum(events.swapped_in),
   )
   counts = world.counts + jnp.stack([new[name] if name in new else jnp.int32(0) for name in COUNTS])
-  return world._replace(state=state, pool=pool, counts=counts), jnp.stack([shared, foreign])
+  return world._replace(state=state, pool=Pools(pool, host), counts=counts), jnp.stack([shared, foreign])
 
 
-def inspect(state: State, pool: jax.Array) -> jax.Array:
+def copied(to: jax.Array, copies: page_table.PageCopies, source: jax.Array) -> jax.Array:
+  return to.at[jnp.where(copies.dst == NO_PAGE, len(to), copies.dst)].set(source[copies.src], mode="drop")
+
+
+def inspect(state: State, pool: Pools) -> jax.Array:
   """How much of each kind of fault is in a state, i32[F], recomputed from nothing but who holds what."""
-  table, index = state.table, state.index
-  assert index is not None
-  N, (S, P), size = table.num_pages, table.pages.shape, table.page_size
-  held = jnp.arange(P) < cdiv(table.seq_lens, size)[:, None]
-  holders = jnp.zeros(N, jnp.int32).at[jnp.where(held, table.pages, N)].add(1, mode="drop")
-  twice = (table.pages[:, :, None] == table.pages[:, None]) & held[:, :, None] & held[:, None]
-  wrong = jnp.where(held, (table.pages < 0) | (table.pages >= N), table.pages != NO_PAGE)
-  bad_rows = jnp.any(wrong, axis=1) | (jnp.sum(twice, axis=(1, 2)) != jnp.sum(held, axis=1))
-  bad_rows |= (table.seq_lens < 0) | (table.seq_lens > P * size)
+  table, host, index = state.table, state.host, state.index
+  assert index is not None and host is not None
+  over, bad_rows = zip(*map(in_table, (table, host)), strict=True)
+  over = jnp.concatenate(over)
 
   running = state.running
   bad_slots = (running != NOBODY) & ~state.live[running]
@@ -234,22 +250,34 @@ def inspect(state: State, pool: jax.Array) -> jax.Array:
   bad_index |= inner & (~cached[above] | (table.ref_counts > table.ref_counts[above]))
   bad_index |= inner & (table.ref_counts[above] == 0) & (index.freed >= index.freed[above])
 
-  tokens = jnp.pad(state.requests.tokens, ((0, 0), (0, P * size - state.requests.tokens.shape[1])))
-  read = pool[table.pages].reshape(S, -1)
-  computed = jnp.arange(P * size) < table.seq_lens[:, None]
-  foreign = jnp.sum(computed & (read != tokens[running])) + jnp.sum(cached[:, None] & (index.contents != pool))
-  over = table.ref_counts - holders
+  most = table.pages_per_slot * table.page_size
+  tokens = jnp.pad(state.requests.tokens, ((0, 0), (0, most - state.requests.tokens.shape[1])))
+  foreign = jnp.sum(cached[:, None] & (index.contents != pool.device))
+  for held, contents, wanted in ((table, pool.device, tokens[running]), (host, pool.host, tokens)):
+    computed = jnp.arange(most) < held.seq_lens[:, None]
+    foreign += jnp.sum(computed & (contents[held.pages].reshape(-1, most) != wanted))
   return jnp.stack(
     [
       jnp.sum(jnp.maximum(over, 0)),
       jnp.sum(jnp.maximum(-over, 0)),
-      jnp.sum(bad_rows),
+      sum(jnp.sum(bad) for bad in bad_rows),
       jnp.sum(bad_slots),
       jnp.sum(bad_index),
       jnp.int32(0),
       foreign,
     ]
   ).astype(jnp.int32)
+
+
+def in_table(table: page_table.PageTable) -> tuple[jax.Array, jax.Array]:
+  """By how much each ref count is above its holders (i32[N]), and rows that are not as their lengths say (bool[S])."""
+  N, P, size = table.num_pages, table.pages_per_slot, table.page_size
+  held = jnp.arange(P) < cdiv(table.seq_lens, size)[:, None]
+  holders = jnp.zeros(N, jnp.int32).at[jnp.where(held, table.pages, N)].add(1, mode="drop")
+  twice = (table.pages[:, :, None] == table.pages[:, None]) & held[:, :, None] & held[:, None]
+  wrong = jnp.where(held, (table.pages < 0) | (table.pages >= N), table.pages != NO_PAGE)
+  bad_rows = jnp.any(wrong, axis=1) | (jnp.sum(twice, axis=(1, 2)) != jnp.sum(held, axis=1))
+  return table.ref_counts - holders, bad_rows | (table.seq_lens < 0) | (table.seq_lens > P * size)
 
 
 def drained(config: Config, policy: scheduler.Policy, worlds: World) -> tuple[World, int]:
@@ -269,7 +297,8 @@ def drained(config: Config, policy: scheduler.Policy, worlds: World) -> tuple[Wo
     return lax.while_loop(more, body, (jnp.int32(0), worlds))[1]
 
   worlds = to_the_end(worlds)
-  return worlds, int((worlds.state.table.ref_counts != 0).sum())
+  held = [jnp.sum(table.ref_counts != 0) for table in (worlds.state.table, worlds.state.host) if table is not None]
+  return worlds, int(sum(held))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m experiments.soak --config=configs/soak/starved.py
 
-256 worlds of 3 slots and 7 pages of 3 tokens; a request may want more than the whole pool. Expected: no fault of any
-kind after any operation, and no page held when all requests have ended.
+256 worlds of 3 slots and 7 pages of 3 tokens, with 5 more in host memory to swap to; a request may want more than the
+whole pool. Expected: no fault of any kind after any operation, and no page held when all requests have ended.
 """
 
 import dataclasses
