@@ -26,7 +26,7 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
-from experiments import capacity, composition, recompute, training
+from experiments import allocation, capacity, composition, recompute, training
 from paged_flash.analysis import (
   human_bytes,
   show_attention_bars,
@@ -64,7 +64,6 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "paged_sweep": lambda result: show_paged_sweep(result["timings"]),
   "paged_tflops": lambda result: show_paged_bars(result["timings"], value="tflops"),
   # The results of the experiments memory, simulate, batching and sharing.
-  # The results of the experiments memory, simulate, batching and preemption.
   "memory_split": lambda result: show_memory_split(result["rows"]),
   "page_sizes": lambda result: show_page_sizes(result["rows"]),
   "rates": lambda result: show_rates(result["rows"]),
@@ -90,6 +89,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
     panels=dict(hit_rate="share of prompt tokens found"),
   ),
   # The results of the experiments of these names.
+  "allocation": lambda result: allocation.figure(result["rows"]),
   "capacity": lambda result: capacity.figure(result["rows"]),
   "training": lambda result: training.figure(result["rows"]),
   "recompute": lambda result: recompute.figure(result["rows"]),
