@@ -163,7 +163,7 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
   workdir.save_figure("allocation.png", figure(rows))
   if config.result:
     claims = [judged(config.claim, rows)] if config.claim else []
-    lens = dict(prompt_lens=prompts, output_lens=outputs)
+    lens: dict[str, Any] = dict(prompt_lens=prompts, output_lens=outputs)
     recorded = dataclasses.asdict(config)
     print(write_result("allocation", rows, name=config.result, claims=claims, config=recorded, **lens))
   return rows
