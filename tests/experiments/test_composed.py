@@ -14,6 +14,7 @@ from experiments.attention_cases import Case, make_inputs
 from experiments.claims import Claim
 from paged_flash.analysis import show_groups
 from paged_flash.experiment import Workdir, config
+from tests.kernels.mosaic_help import count_kernels, lowered
 from tests.tolerances import assert_close
 
 CLAIM = Claim(number="4a", claim="it is so", source="a paper", theirs="much")
@@ -89,9 +90,10 @@ def test_four_ways_give_the_same_tokens_and_pages_fit_more(tmp_path: pathlib.Pat
   token = 4 * 2 * 2 * 2 * 8  # bytes: K and V of 2 layers, 2 heads of 8
   for row in rows.values():
     pages = (settings.memory_bytes - row["temporary_bytes"]) // token
-    pages //= settings.page_size if row["memory"] == "paged" else settings.max_seq_len
+    pages //= settings.page_size if row["memory"] == "paged" else settings.run_page_size
     assert row["num_pages"] == pages and row["tokens_per_second"] > 0
-  assert rows["naive contiguous"]["fit"] == rows["naive contiguous"]["num_pages"]
+  run = settings.max_seq_len // settings.run_page_size
+  assert rows["naive contiguous"]["fit"] == rows["naive contiguous"]["num_pages"] // run
   rng = np.random.default_rng(0)
   prompts, outputs = (
     rng.integers(low, high, 64, endpoint=True) for low, high in (settings.prompt_lens, settings.output_lens)
@@ -109,6 +111,25 @@ def test_pages_are_at_random_places_each_once():
   assert count == 3 and pages.shape == (3, 16)
   held = np.asarray(pages)[np.asarray(pages) >= 0]
   assert len(set(held)) == len(held) == 3 + 1 + 8 and not np.array_equal(held, np.arange(12))
+
+
+def test_reservations_are_runs_of_pages_in_order_as_long_as_the_longest_request():
+  settings = config.load("configs/composition/llama_1b.py:smoke")
+  way = composition.Way("flash", "contiguous", pf.models.load(settings.model), settings)
+  pages, count = way.grant(np.array([9, 4, 30, 1000]), 15)  # 3 runs of 4 pages of 16 tokens
+  assert count == 3 and np.array_equal(pages, np.arange(12).reshape(3, 4))
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "paged"])
+def test_on_a_gpu_both_memories_are_read_by_the_kernel_for_pages(memory):
+  full = config.load("configs/composition/llama_1b.py")
+  small = dataclasses.replace(full, model=dataclasses.replace(full.model, vocab_size=128, embed_dim=64, num_layers=2))
+  model = pf.models.load(dataclasses.replace(small.model, ffn_dim=64), dtype=small.dtype)
+  way = composition.Way("flash", memory, model, small)
+  kv, ids = jax.eval_shape(lambda: way.pool(4 * way.pages_per_slot)), jax.ShapeDtypeStruct((4,), "int32")
+  pages = jax.ShapeDtypeStruct((4, way.pages_per_slot), "int32")
+  text = lowered(way.decode, model.params, kv, pages, ids, ids)
+  assert count_kernels(text) == 2 * 2  # of each layer one writes K and V, one attends
 
 
 def test_both_must_beat_either_alone():
