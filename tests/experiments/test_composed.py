@@ -12,6 +12,7 @@ import paged_flash as pf
 from experiments import composition, recompute, training
 from experiments.attention_cases import Case, make_inputs
 from experiments.claims import Claim
+from experiments.peers.jax_attention import Peer
 from paged_flash.analysis import show_groups
 from paged_flash.experiment import Workdir, config
 from tests.kernels.mosaic_help import count_kernels, lowered
@@ -58,10 +59,14 @@ def test_recomputing_is_judged_at_every_length():
   assert recompute.judged(CLAIM, wrong)["ours"] == "not measured"
 
 
-def test_a_training_step_learns_and_is_that_of_the_score_matrix(tmp_path: pathlib.Path):
+def test_a_training_step_learns_and_every_attention_is_checked(monkeypatch, tmp_path: pathlib.Path):
+  wrong = Peer("a wrong one", lambda case, query, key, value, *_: query + key + value)
+  monkeypatch.setitem(training.PEERS, "cudnn", wrong)
   settings = dataclasses.replace(config.load("configs/training/gpt2.py:smoke"), seq_lens=(64,), repeats=3)
+  settings = dataclasses.replace(settings, peers=("naive", "cudnn"))
   rows = {row["peer"]: row for row in training.run(settings, Workdir.create(tmp_path, settings))}
-  assert rows["ours"]["error"] < 0.01 and rows["naive"]["ms"] > 0
+  assert rows["ours"]["error"] < 0.01 and rows["naive"]["error"] < 0.01 and rows["naive"]["ms"] > 0
+  assert rows["cudnn"]["error"] > 1
   trainer = training.Trainer(pf.models.load(settings.model), training.optax.adamw(1e-2), settings)
   case = Case(batch=2, seq_len=64, num_heads=3, num_kv_heads=3, head_dim=64, is_causal=True)
   losses = []
@@ -73,14 +78,15 @@ def test_a_training_step_learns_and_is_that_of_the_score_matrix(tmp_path: pathli
 
 
 def test_a_gain_in_training_is_judged_and_what_does_not_fit_is_said():
-  def rows(naive_ms, error=0.5):
-    lines = (("ours", 10.0), ("naive", naive_ms), ("without", 8.0))
-    return [dict(peer=p, seq_len=1024, ms=ms, by_ours=ms and ms / 10, error=error) for p, ms in lines]
+  def rows(naive_ms, error=0.5, naive_error=0.5):
+    lines = (("ours", 10.0, error), ("naive", naive_ms, naive_error), ("without", 8.0, None))
+    return [dict(peer=p, seq_len=1024, ms=ms, by_ours=ms and ms / 10, error=off) for p, ms, off in lines]
 
   assert [training.judged(CLAIM, rows(ms))["verdict"] for ms in (18.0, 16.0)] == ["reproduced", "not reproduced"]
   assert training.judged(CLAIM, rows(18.0))["ours"] == "1.80 x at 1024; without any attention it would be 2.25 x"
   assert training.judged(CLAIM, rows(None))["ours"] == "only ours fits at 1024"
-  assert training.judged(CLAIM, rows(18.0, error=1.5))["ours"] == "wrong at 1024"
+  for wrong in (rows(18.0, error=1.5), rows(18.0, naive_error=1.5), rows(None, error=1.5)):
+    assert training.judged(CLAIM, wrong)["ours"] == "wrong at 1024"
 
 
 def test_four_ways_give_the_same_tokens_and_pages_fit_more(tmp_path: pathlib.Path):
