@@ -70,7 +70,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "batches": lambda result: show_batches([row | result["series"][row["way"]] for row in result["rows"]]),
   "stalls": lambda result: show_stalls(result["rows"]),
   "saved": lambda result: show_groups(
-    result["rows"], groups="trace", bars="samples", panels=dict(saved="share of pages saved", mean_running="requests")
+    result["rows"],
+    groups="trace",
+    bars="samples",
+    panels=dict(saved="share of pages saved", mean_running="requests in the batch"),
   ),
   "beams": lambda result: show_groups(
     [
@@ -81,6 +84,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
     groups="width",
     bars="label",
     panels=dict(saved="share of pages saved"),
+    xlabel="beam width",
   ),
   "orderings": lambda result: show_groups(
     [row | dict(memory=f"{row['num_tokens'] / 2**20:g}M tokens") for row in result["rows"]],

@@ -178,8 +178,8 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
 
 
 def figure(rows: list[dict]):
-  panels = {"ms": "ms of a training step", "temporary_bytes": "temporaries"}
-  return show_groups(rows, groups="seq_len", bars="label", panels=panels)
+  panels = {"ms": "ms of a training step", "temporary_bytes": "temporary memory of the step"}
+  return show_groups(rows, groups="seq_len", bars="label", panels=panels, xlabel="tokens of a sequence")
 
 
 def judged(claim: Claim, rows: list[dict]) -> dict:

@@ -162,3 +162,14 @@ def test_bars_stand_in_their_groups():
   ]
   with pytest.raises(ValueError, match="rows must be"):
     show_groups([], groups="n", bars="who", panels={})
+
+
+@pytest.mark.parametrize("log", [(), ("kept_bytes",)])
+@pytest.mark.parametrize("count", [2, 9])
+def test_numbers_stand_inside_the_panel_turned_where_bars_are_narrow(count, log):
+  rows = [dict(n=n, who=who, kept_bytes=2**30 * (n + 1)) for n in range(3) for who in range(count)]
+  figure = show_groups(rows, groups="n", bars="who", panels={"kept_bytes": "kept"}, log=log)
+  figure.draw_without_rendering()
+  (ax,) = figure.axes
+  assert {text.get_rotation() for text in ax.texts} == {90 if count == 9 else 0}
+  assert max(text.get_window_extent().y1 for text in ax.texts) < ax.get_window_extent().y1
