@@ -202,6 +202,8 @@ def test_rates_and_batches_are_judged_by_the_papers_ranges():
   good = rows(max=0.5, pow2=0.8, oracle=1.0, paged=2.0)
   assert verdict(simulation, good, settings, number="9a") == "reproduced"
   assert verdict(simulation, rows(max=0.5, pow2=0.8, oracle=1.5, paged=2.0), settings, number="9a") == "not reproduced"
+  for rate, holds in ((1.0, "reproduced"), (1.4, "in part"), (2.1, "not reproduced")):
+    assert verdict(simulation, rows(max=0.95, pow2=1.0, oracle=rate, paged=2.0), settings, number="11e") == holds
   for found, holds in (((7, 13, 30), "reproduced"), ((7, 13, 20), "in part"), ((9, 13, 30), "not reproduced")):
     batches = [dict(rate=2.0, mean_running=m, paper_batch=p) for m, p in zip(found, (7, 13, 30), strict=True)]
     assert verdict(simulation, [*batches, dict(rate=1.0)], settings, number="9b") == holds
