@@ -57,7 +57,8 @@ def test_throughput_is_judged_by_the_paper_and_only_with_the_same_outputs():
   def verdict(seconds, steps, same=5):
     names = (*RESERVE, "paged")
     rows = [
-      dict(allocator=a, tokens_per_second=1 / s, steps=n, same_outputs=same, requests=5)
+      dict(allocator=a, tokens_per_cpu_second=1 / s, tokens_per_second=9, steps=n, same_outputs=same, requests=5)
+      | dict(mean_running=2.0)
       for a, s, n in zip(names, seconds, steps, strict=True)
     ]
     return allocation.judged(CLAIM, rows)["verdict"]
