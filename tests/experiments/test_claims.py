@@ -189,6 +189,22 @@ def test_a_rate_is_sustained_until_latency_reaches_the_bound():
   assert simulation.sustained(rows[:1], "a", 0.01) == (0, True)
 
 
+def test_a_chat_keeps_the_last_tokens_of_its_prompts(monkeypatch, tmp_path: pathlib.Path):
+  class Seen(Exception):
+    pass
+
+  def look(prompt_lens, output_lens, **more):
+    assert prompt_lens.max() == 50 and output_lens.max() > 50
+    raise Seen
+
+  monkeypatch.setattr(simulation, "simulate", look)
+  settings = dataclasses.replace(
+    config.load(str(listing.ROOT / "configs/simulate/opt13b_chat.py:smoke")), last_tokens=50
+  )
+  with pytest.raises(Seen):
+    simulation.run(settings, Workdir.create(tmp_path, settings))
+
+
 def test_rates_and_batches_are_judged_by_the_papers_ranges():
   settings = simulation.Config(paper_rate=2.0)
 
