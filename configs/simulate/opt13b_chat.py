@@ -9,8 +9,9 @@ every reservation 2048.
 FILE.csv is sharegpt_8k_filtered_stats_llama2_tokenizer.csv of microsoft/sarathi-serve (Agrawal et al. 2024;
 Apache-2.0): a row is one turn of a ShareGPT conversation, its prompt all that was said before; outputs have at most
 1024 tokens. The first 1000 rows, Poisson arrivals, 15.7k tokens of memory, nothing kept between the turns, as in the
-paper. Expected: the three contiguous allocators alike, 7 requests in the batch; pages near twice their rate. `:smoke`
-draws lengths.
+paper. Expected: the three contiguous allocators alike, 7 requests in the batch; pages near twice their rate. Found:
+alike within 12 %, for a third of the prompts is shorter; pages hold nearly twice the requests and sustain 1.5 to 1.6
+times the rate. `:smoke` draws lengths.
 """
 
 import dataclasses
