@@ -103,9 +103,9 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
 def figure(rows: list[dict]):
   groups = "prefix_len" if len({row["prefix_len"] for row in rows}) > 1 else "samples"
   panels = dict(tokens_per_second="output tokens per second", mean_running="requests in the batch")
-  return show_groups(
-    sorted(rows, key=lambda row: row["allocator"] != "paged"), groups=groups, bars="allocator", panels=panels
-  )
+  xlabel = dict(prefix_len="tokens of the prefix that all share", samples="samples of a prompt")[groups]
+  ours_first = sorted(rows, key=lambda row: row["allocator"] != "paged")
+  return show_groups(ours_first, groups=groups, bars="allocator", panels=panels, xlabel=xlabel)
 
 
 def judged(claim: Claim, rows: list[dict]) -> dict:

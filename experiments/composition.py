@@ -3,12 +3,14 @@
     python -m experiments.composition --config=configs/composition/llama_1b.py
 
 Four ways to run one model: attention with the score matrix ("naive") or without ("flash"), and the KV cache in one
-reservation for each request ("contiguous") or in pages. Reservations are pages as large as the longest request, so that
-all else is the same code. All have the same bytes for the KV cache and what a prefill needs beside it, which is how the
-two ideas meet: a score matrix takes the room of requests. For each way:
+reservation for each request ("contiguous") or in pages ("paged"). A reservation is a run of pages, one after the other,
+large ones that the kernels take, as long as the longest request: so the same kernels read both, and what differs is who
+holds what. Attention with the score matrix reads a run where it lies, and gathers pages. All have the same bytes for
+the KV cache and what a prefill needs beside it, which is how the two ideas meet: a score matrix takes the room of
+requests. For each way:
 
 - a prefill of some prompts is compiled; its temporaries are read from the compiler, and it is timed;
-- in what they leave, the page table grants whole requests, prompt and output, until one is refused;
+- in what they leave, the page table grants reservations, or prompts with their outputs, until one is refused;
 - a decode step of so many requests, each in the middle of its output, is timed, its pages in random order.
 
 Tokens per second follow from both times and the mean lengths, as if the slots were always full. Before, the same
@@ -45,6 +47,7 @@ class Config:
   dtype: str = "bfloat16"
   memory_bytes: int = 16 * 2**30  # for the KV cache and the temporaries of a prefill
   page_size: int = 16
+  run_page_size: int = 256  # of the pages that make up a reservation
   max_seq_len: int = 4096  # what a contiguous request reserves
   prompt_lens: tuple[int, int] = (256, 3072)  # of requests, uniform in between
   output_lens: tuple[int, int] = (1, 1024)
@@ -71,7 +74,7 @@ class Way:
 
   @property
   def page_size(self) -> int:
-    return self.config.page_size if self.memory == "paged" else self.config.max_seq_len
+    return self.config.page_size if self.memory == "paged" else self.config.run_page_size
 
   @property
   def pages_per_slot(self) -> int:
@@ -87,12 +90,17 @@ class Way:
     return kv_pages.init(num_pages=num_pages, page_size=self.page_size, dtype=self.config.dtype, **sizes)
 
   def grant(self, lens: np.ndarray, num_pages: int) -> tuple[jax.Array, int]:
-    """(pages i32[B, P] at random places, requests B): whole requests in order, until the pool refuses one."""
+    """(pages i32[B, P], requests B): requests of `lens` tokens in order, until the pool refuses one.
+
+    Paged, the pages lie at random places; else request i has run i.
+    """
+    is_paged, longest = self.memory == "paged", self.config.max_seq_len
     table = page_table.init(
       num_slots=len(lens), pages_per_slot=self.pages_per_slot, num_pages=num_pages, page_size=self.page_size
     )
-    table, _, granted = page_table.extend(table, jnp.asarray(lens, jnp.int32))
-    places = jax.random.permutation(jax.random.key(2), num_pages) if self.memory == "paged" else jnp.arange(num_pages)
+    tokens = jnp.asarray(lens, jnp.int32) if is_paged else jnp.full(len(lens), longest)
+    table, _, granted = page_table.extend(table, tokens)
+    places = jax.random.permutation(jax.random.key(2), num_pages) if is_paged else jnp.arange(num_pages)
     count = int(granted.sum())
     return jnp.where(table.pages < 0, -1, places[table.pages])[:count], count
 
@@ -129,10 +137,11 @@ class Way:
       where = kv_pages.layer_pages(kv, pages, layer)
       if self.attention == "flash":
         return pf.paged_attention(q, kv.k, kv.v, where, lens), kv
-      if self.memory == "contiguous":  # reservation i belongs to request i: nothing to gather
-        keys, values = (x[layer * kv.num_pages : layer * kv.num_pages + len(q)] for x in (kv.k, kv.v))
+      if self.memory == "contiguous":  # run i belongs to request i: nothing to gather
+        here = slice(layer * kv.num_pages, layer * kv.num_pages + pages.size)
       else:
-        keys, values = (x[jnp.maximum(where, 0)].reshape(len(q), -1, *x.shape[2:]) for x in (kv.k, kv.v))
+        here = jnp.maximum(where, 0)
+      keys, values = (x[here].reshape(len(q), -1, *x.shape[2:]) for x in (kv.k, kv.v))  # [B, S, K, D]
       mask = (jnp.arange(keys.shape[1]) < lens[:, None])[:, None, None]  # bool[B, 1, 1, S]
       return jax.nn.dot_product_attention(q[:, None], keys, values, mask=mask, implementation="xla")[:, 0], kv
 

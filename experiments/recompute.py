@@ -160,7 +160,8 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
 
 def figure(rows: list[dict]):
   panels = {"backward_ms": "ms of the backward pass", "kept_bytes": "kept from forward to backward"}
-  return show_groups(rows, groups="seq_len", bars="label", panels=panels, log=("backward_ms", "kept_bytes"))
+  log = ("backward_ms", "kept_bytes")
+  return show_groups(rows, groups="seq_len", bars="label", panels=panels, xlabel="tokens of a sequence", log=log)
 
 
 def judged(claim: Claim, rows: list[dict]) -> dict:

@@ -26,7 +26,7 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
-from experiments import capacity, composition, recompute, training
+from experiments import allocation, capacity, composition, recompute, training
 from paged_flash.analysis import (
   human_bytes,
   show_attention_bars,
@@ -64,14 +64,16 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "paged_sweep": lambda result: show_paged_sweep(result["timings"]),
   "paged_tflops": lambda result: show_paged_bars(result["timings"], value="tflops"),
   # The results of the experiments memory, simulate, batching and sharing.
-  # The results of the experiments memory, simulate, batching and preemption.
   "memory_split": lambda result: show_memory_split(result["rows"]),
   "page_sizes": lambda result: show_page_sizes(result["rows"]),
   "rates": lambda result: show_rates(result["rows"]),
   "batches": lambda result: show_batches([row | result["series"][row["way"]] for row in result["rows"]]),
   "stalls": lambda result: show_stalls(result["rows"]),
   "saved": lambda result: show_groups(
-    result["rows"], groups="trace", bars="samples", panels=dict(saved="share of pages saved", mean_running="requests")
+    result["rows"],
+    groups="trace",
+    bars="samples",
+    panels=dict(saved="share of pages saved", mean_running="requests in the batch"),
   ),
   "beams": lambda result: show_groups(
     [
@@ -82,6 +84,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
     groups="width",
     bars="label",
     panels=dict(saved="share of pages saved"),
+    xlabel="beam width",
   ),
   "orderings": lambda result: show_groups(
     [row | dict(memory=f"{row['num_tokens'] / 2**20:g}M tokens") for row in result["rows"]],
@@ -90,6 +93,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
     panels=dict(hit_rate="share of prompt tokens found"),
   ),
   # The results of the experiments of these names.
+  "allocation": lambda result: allocation.figure(result["rows"]),
   "capacity": lambda result: capacity.figure(result["rows"]),
   "training": lambda result: training.figure(result["rows"]),
   "recompute": lambda result: recompute.figure(result["rows"]),

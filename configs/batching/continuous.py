@@ -1,6 +1,6 @@
 """Continuous batching keeps the slots full; a static batch waits for its longest request.
 
-Claim (Yu et al. 2022, "Orca", section 3.1 and figure 10): scheduling by iteration, so that requests join and leave the
+Claim (Yu et al. 2022, "Orca", abstract): scheduling by iteration, so that requests join and leave the
 batch at every step, gives several times the throughput (36.9 times at equal latency for GPT-3 175B, against
 FasterTransformer, their other optimisations included).
 
@@ -24,7 +24,7 @@ def get_config(variant: str = "full") -> Config:
     claim=Claim(
       number="10",
       claim="Continuous against static batching: throughput, and use of the slots over time",
-      source="Yu et al. 2022, figure 10",
+      source="Yu et al. 2022, abstract",
       theirs="36.9 x at equal latency (GPT-3 175B, with their other optimisations)",
       figure="batches",
     ),

@@ -1,7 +1,8 @@
 """The order in which requests are admitted decides what a prefix cache of limited size finds.
 
-Claim (Zheng et al. 2024, "SGLang", section 3): running the request with the longest cached prefix first keeps what the
-cache holds in use before it is evicted; their cache-aware order reaches 96 % of the optimal hit rate on average.
+Claim (Zheng et al. 2024, "SGLang", sections 3 and 6.2): running the request with the longest cached prefix first keeps
+what the cache holds in use before it is evicted; their cache-aware order reaches 96 % of the optimal hit rate on
+average.
 
     python -m experiments.sharing --config=configs/sharing/orderings.py --config.trace=FILE.jsonl
 
@@ -32,7 +33,7 @@ def get_config(variant: str = "full") -> Config:
     claim=Claim(
       number="15b",
       claim="Longest shared prefix first, for first come, first served: prefixes found in a small cache",
-      source="Zheng et al. 2024, section 3",
+      source="Zheng et al. 2024, sections 3 and 6.2",
       theirs="96 % of the optimal hit rate on average, with their cache-aware order",
       figure="orderings",
     ),

@@ -52,6 +52,8 @@ def show_attention_sweep(timings: Sequence[Record], *, matmul_flops: float) -> P
         if points:
           ours = peer == "ours"
           ax.plot(*zip(*points, strict=True), "o-", color=colour, lw=2.2 if ours else 1.4, ms=4, label=label)
+      if not here:
+        ax.text(0.5, 0.5, "not timed", transform=ax.transAxes, ha="center", color=_CEILING, fontsize=9)
       ceiling = [matmul_flops / t["us"] / 1e6 for t in here if t["peer"] == "matmul"]
       if ceiling:
         ax.axhline(float(np.median(ceiling)), color=_CEILING, lw=1, ls="--", label=_CEILING_LABEL)
@@ -64,7 +66,7 @@ def show_attention_sweep(timings: Sequence[Record], *, matmul_flops: float) -> P
   for ax in axes[:, 0]:
     ax.set_ylabel("TFLOP/s")
   for ax in axes[-1]:
-    ax.set_xlabel("sequence length")
+    ax.set_xlabel("sequence length, tokens")
   _legend(figure, axes)
   return figure
 
@@ -131,7 +133,7 @@ def show_attention_memory(rows: Sequence[Record]) -> Picture:
   ax.set_yscale("log", base=2)
   _lengths_axis(ax, [row["seq_len"] for row in rows])
   ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-  ax.set(xlabel="sequence length", ylabel="temporaries")
+  ax.set(xlabel="sequence length, tokens", ylabel="temporary memory")
   ax.grid(lw=0.4)
   ax.spines[["top", "right"]].set_visible(False)
   ax.legend(frameon=False, fontsize=8.5)
@@ -201,7 +203,7 @@ def show_attention_io(rows: Sequence[Record]) -> Picture:
   )
   figure = Picture(figsize=(9.2, 4.2), layout="constrained")
   axes = figure.subplots(1, 2, sharey=True, squeeze=False)
-  panels = (("rows", "seq_len", longest, "queries of a tile"), ("seq_len", "rows", largest, "sequence length"))
+  panels = (("rows", "seq_len", longest, "queries of a tile"), ("seq_len", "rows", largest, "sequence length, tokens"))
   for ax, (key, other, fixed, label) in zip(axes[0], panels, strict=True):
     here = sorted((row for row in rows if row[other] == fixed), key=lambda row: row[key])
     for name, text, style, colour in lines:
@@ -211,7 +213,8 @@ def show_attention_io(rows: Sequence[Record]) -> Picture:
     _lengths_axis(ax, [row[key] for row in here])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     ax.set_xlabel(label)
-    ax.set_title(f"sequence of {fixed}" if other == "seq_len" else f"tiles of {fixed} queries", loc="left", fontsize=9)
+    title = f"sequence of {fixed} tokens" if other == "seq_len" else f"tiles of {fixed} queries"
+    ax.set_title(title, loc="left", fontsize=9)
     ax.grid(lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
   axes[0, 0].set_ylabel("bytes moved, one head")
@@ -251,6 +254,7 @@ def show_paged_bars(timings: Sequence[Record], *, value: str = "tbs") -> Picture
   ax.set_ylabel("TFLOP/s" if value == "tflops" else "TB/s of keys and values")
   names = [case.replace(" h", "\nh").replace(" page", "\npage").replace(", ", "\n") for case in cases]
   ax.set_xticks(range(len(cases)), names, fontsize=7.5)
+  ax.set_xlabel("b: sequences, ctx: tokens of each, h: heads of queries / of K and V, d: head_dim", fontsize=8.5)
   ax.set_xlim(-0.6, len(cases) - 0.4)
   ax.grid(axis="y", lw=0.4)
   ax.set_axisbelow(True)
@@ -283,7 +287,7 @@ def show_paged_sweep(timings: Sequence[Record]) -> Picture:
     ax.set_xscale("log", base=2)
     _lengths_axis(ax, [t[key] for t in here])
     ax.set_ylim(bottom=0)
-    ax.set_xlabel(label)
+    ax.set_xlabel(label if key == "batch" else f"{label}, tokens")
     ax.set_title(", ".join(f"{_SWEPT[k]} {usual[k]}" for k in _SWEPT if k != key), loc="left", fontsize=9)
     ax.grid(axis="y", lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
@@ -329,6 +333,5 @@ def _legend(figure: Picture, axes: np.ndarray) -> None:
   for ax in axes.flat:
     for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
       found.setdefault(label, handle)
-  figure.legend(
-    found.values(), found.keys(), loc="outside lower center", ncols=min(4, len(found)), frameon=False, fontsize=8.5
-  )
+  columns = 3 if len(found) in (5, 6) else min(4, len(found))
+  figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)

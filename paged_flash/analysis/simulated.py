@@ -95,8 +95,9 @@ def show_rates(rows: Sequence[Row]) -> Picture:
     latency.text(0.02, 0.96, f"{', '.join(unseen)}: above", transform=latency.transAxes, va="top", fontsize=8.5)
   batch.set(ylabel="requests in the batch, mean")
   batch.set_ylim(bottom=0)
+  rates = {row["rate"] for row in rows}
   for ax in (latency, batch):
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, max(rates) * (1.05 if len(rates) > 1 else 2))
     ax.set_xlabel("requests per second")
     ax.grid(lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
@@ -189,6 +190,7 @@ def show_stalls(rows: Sequence[Row]) -> Picture:
     ax.xaxis.set_major_locator(FixedLocator(budgets))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    ax.margins(x=0.08)
     ax.tick_params(axis="x", labelsize=8)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -238,6 +240,7 @@ def show_preemption(rows: Sequence[Row]) -> Picture:
     ax.grid(lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
   itself.set_yscale("log")
+  itself.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
   served.set_ylim(bottom=0)
   itself.set_title("one sequence by itself, ms", loc="left", fontsize=9)
   served.set_title("normalised latency, s/token (simulated)", loc="left", fontsize=9)

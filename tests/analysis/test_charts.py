@@ -45,6 +45,11 @@ def test_sweep_has_a_panel_for_each_kind_and_the_ceiling():
   assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def test_a_panel_without_a_time_says_so():
+  figure = show_attention_sweep([*TIMINGS, record("ours", 1024, 9.0, head_dim=128, is_causal=True)], matmul_flops=1e12)
+  assert [[text.get_text() for text in ax.texts] for ax in figure.axes] == [[], ["not timed"], ["not timed"], []]
+
+
 def test_bars_stand_by_their_case():
   figure = show_attention_bars(TIMINGS, matmul_flops=MATMUL_FLOPS)
   bars = {str(group.get_label()): group for group in figure.axes[0].containers}
@@ -107,7 +112,7 @@ def test_paged_bars_show_what_comes_from_memory_and_leave_out_what_is_wrong():
 
 def test_paged_sweep_has_a_panel_for_each_quantity_that_varies():
   figure = show_paged_sweep([*PAGED, paged("ours", 6.0, case="page8", page_size=8)])
-  assert [ax.get_xlabel() for ax in figure.axes] == ["context", "page size"]
+  assert [ax.get_xlabel() for ax in figure.axes] == ["context, tokens", "page size, tokens"]
   lines = [{str(line.get_label()): line.get_xydata() for line in ax.lines} for ax in figure.axes]
   assert np.asarray(lines[0]["ours"]).tolist() == [[1024, 4], [2048, 5]]
   assert np.asarray(lines[1]["ours"]).tolist() == [[8, 6], [16, 4]]

@@ -189,6 +189,22 @@ def test_a_rate_is_sustained_until_latency_reaches_the_bound():
   assert simulation.sustained(rows[:1], "a", 0.01) == (0, True)
 
 
+def test_a_chat_keeps_the_last_tokens_of_its_prompts(monkeypatch, tmp_path: pathlib.Path):
+  class Seen(Exception):
+    pass
+
+  def look(prompt_lens, output_lens, **more):
+    assert prompt_lens.max() == 50 and output_lens.max() > 50
+    raise Seen
+
+  monkeypatch.setattr(simulation, "simulate", look)
+  settings = dataclasses.replace(
+    config.load(str(listing.ROOT / "configs/simulate/opt13b_chat.py:smoke")), last_tokens=50
+  )
+  with pytest.raises(Seen):
+    simulation.run(settings, Workdir.create(tmp_path, settings))
+
+
 def test_rates_and_batches_are_judged_by_the_papers_ranges():
   settings = simulation.Config(paper_rate=2.0)
 
@@ -202,6 +218,8 @@ def test_rates_and_batches_are_judged_by_the_papers_ranges():
   good = rows(max=0.5, pow2=0.8, oracle=1.0, paged=2.0)
   assert verdict(simulation, good, settings, number="9a") == "reproduced"
   assert verdict(simulation, rows(max=0.5, pow2=0.8, oracle=1.5, paged=2.0), settings, number="9a") == "not reproduced"
+  for rate, holds in ((1.0, "reproduced"), (1.4, "in part"), (2.1, "not reproduced")):
+    assert verdict(simulation, rows(max=0.95, pow2=1.0, oracle=rate, paged=2.0), settings, number="11e") == holds
   for found, holds in (((7, 13, 30), "reproduced"), ((7, 13, 20), "in part"), ((9, 13, 30), "not reproduced")):
     batches = [dict(rate=2.0, mean_running=m, paper_batch=p) for m, p in zip(found, (7, 13, 30), strict=True)]
     assert verdict(simulation, [*batches, dict(rate=1.0)], settings, number="9b") == holds
