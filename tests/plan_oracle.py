@@ -169,7 +169,9 @@ class Oracle:
         room -= len(pages[slot])
         if room >= 0:
           out[slot] = pages[slot]
-    back = {s: self.host_pages[rows[s]][up(there[s], size) : up(computed[s], size)] for s in admitted if self.host_pages}
+    back = {
+      s: self.host_pages[rows[s]][up(there[s], size) : up(computed[s], size)] for s in admitted if self.host_pages
+    }
     stored = [0 if r in [rows[s] for s in admitted] else n for r, n in enumerate(self.stored)]
     for slot in out:
       stored[rows[slot]] = computed[slot]

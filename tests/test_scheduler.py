@@ -226,8 +226,8 @@ class Server:
   def decided(self, state, plan):
     """A plan, and the state that comes with it, in the words of the oracle."""
     swaps = {name: [[]] * self.slots for name in ("swap_out", "swap_in")}
-    for name in swaps if state.host is not None else ():
-      copies, refs = getattr(plan, name), state.table.ref_counts if name == "swap_in" else state.host.ref_counts
+    for name, to in (("swap_out", state.host), ("swap_in", state.table)) if state.host is not None else ():
+      copies, refs = getattr(plan, name), to.ref_counts
       src, dst = np.asarray(copies.src), np.asarray(copies.dst)
       swaps[name] = [row[row >= 0].tolist() for row in src]
       assert ((src >= 0) == (dst >= 0)).all()
