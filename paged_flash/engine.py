@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from paged_flash import scheduler, speculation, swapping
 from paged_flash import step as pure
-from paged_flash.cache import page_table, prefix
+from paged_flash.cache import kv_pages, page_table, prefix
 from paged_flash.cache.kv_pages import KVPages
 from paged_flash.cache.page_table import cdiv
 from paged_flash.models import Model
@@ -175,6 +175,7 @@ class Engine:
     )
     sizes = dict(num_pages=self.num_pages, page_size=self.page_size, num_host_pages=self.num_host_pages)
     kv = pure.pool(self.model, self.settings, dtype=self.kv_dtype, **sizes)
+    state, kv = kv_pages.placed(kv, (state, kv))
     return EngineState(scheduler=state, kv=kv, idle=True, stops={})
 
   def submit(self, state: EngineState, prompt_ids: Sequence[int], **params: Any) -> tuple[EngineState, int]:

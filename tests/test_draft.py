@@ -13,12 +13,13 @@ from paged_flash import Engine, Params, history, models
 from paged_flash.models import first_layers
 from tests.test_engine import TINY, Alone, check_against, prompt_of
 
+ONE = dataclasses.replace(TINY, num_layers=1)
 SIZES: dict[str, Any] = dict(num_slots=5, page_size=4, max_seq_len=48, token_budget=24, num_proposed=3, debug=True)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-  return models.load(TINY, seed=3)
+  return models.load(ONE, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +71,15 @@ def test_a_model_that_drafts_for_itself_is_always_right(engine, asked):
     fork, events = fork.step()
     assert events.proposed == events.accepted
     right += sum(events.accepted.values())
+  assert engine._step._cache_size() == 1  # nothing is compiled twice
   assert right > 10 and [engine.output(fork.now, id) for id in ids] == [out for _, _, out, _ in asked]
 
 
 def test_a_smaller_draft_errs_and_the_tokens_are_the_same(tiny, asked):
-  config = dataclasses.replace(TINY, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, sliding_window=5)
+  config = dataclasses.replace(ONE, num_heads=2, num_kv_heads=1, head_dim=4, sliding_window=5)
   engine = Engine(tiny, proposer=models.load(config, seed=9), num_pages=60, steps_per_dispatch=7, **SIZES)
-  assert "2 layers x 2 (K, V) x 2 heads x 8 and 1 layers x 2 (K, V) x 1 heads x 4 x 4 B" in engine.memory
-  assert engine.page_bytes == 4 * 4 * (2 * 2 * 2 * 8 + 1 * 2 * 1 * 4)
+  assert "1 layers x 2 (K, V) x 2 heads x 8 and 1 layers x 2 (K, V) x 1 heads x 4 x 4 B" in engine.memory
+  assert engine.page_bytes == 4 * 4 * (2 * 2 * 8 + 2 * 1 * 4)
   seen = []
   results = engine.complete([(p, params) for p, params, *_ in asked], driver="device", on_events=seen.append)
   check_against(asked, results)
@@ -85,21 +87,22 @@ def test_a_smaller_draft_errs_and_the_tokens_are_the_same(tiny, asked):
   assert proposed > accepted > 5
 
 
-def test_the_first_layers_are_those_of_the_model(tiny):
-  draft = first_layers(tiny, 1)
-  assert draft.config == dataclasses.replace(TINY, num_layers=1) and draft.params["layers"].keys() == {0}
-  assert draft.params["layers"][0]["qkv"]["weight"] is tiny.params["layers"][0]["qkv"]["weight"]
+def test_the_first_layers_are_those_of_the_model():
+  model = models.load(TINY)
+  draft = first_layers(model, 1)
+  assert draft.config == ONE and draft.params["layers"].keys() == {0}
+  assert draft.params["layers"][0]["qkv"]["weight"] is model.params["layers"][0]["qkv"]["weight"]
   with pytest.raises(ValueError, match=r"num_layers must be in 1\.\.2, got 3"):
-    first_layers(tiny, 3)
+    first_layers(model, 3)
 
 
 def test_a_draft_that_cannot_serve_is_named(tiny):
   def draft(**changes):
-    return models.load(dataclasses.replace(TINY, num_layers=1, **changes))
+    return models.load(dataclasses.replace(ONE, **changes))
 
   with pytest.raises(ValueError, match="a draft must have the model's vocab_size=61, got 60"):
     Engine(tiny, num_pages=20, num_proposed=2, proposer=draft(vocab_size=60))
-  window = models.load(dataclasses.replace(TINY, sliding_window=5))
+  window = models.load(dataclasses.replace(ONE, sliding_window=5))
   for other in (None, 6):
     with pytest.raises(ValueError, match=f"a draft must see the model's window of 5 at most, got {other}"):
       Engine(window, num_pages=20, num_proposed=2, proposer=draft(sliding_window=other))

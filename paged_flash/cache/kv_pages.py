@@ -66,6 +66,14 @@ def init(
   return KVPages(k=k, v=v, host=host, num_layers=num_layers)
 
 
+def placed[T](kv: KVPages, arrays: T) -> T:
+  """`arrays` (any pytree), committed to where they are if `kv` has host pages, which always are.
+
+  What a program returns beside a committed array is committed, and one that is then handed it compiles again.
+  """
+  return arrays if kv.host is None else jax.device_put(arrays, jax.tree.map(lambda a: a.sharding, arrays))
+
+
 def resize(kv: KVPages, num_pages: int) -> KVPages:
   """The pool with `num_pages` pages, those that are new being zeros. Consumes `kv`; copies it."""
 

@@ -246,7 +246,9 @@ class Recording:
     return state, host
 
   def _engine_state(self, state: State, host: Mapping[str, Any], kv: KVPages | None) -> EngineState:
-    return dataclasses.replace(self.now, scheduler=jax.tree.map(jnp.asarray, state), kv=kv, **host)
+    state = jax.tree.map(jnp.asarray, state)
+    state = state if kv is None else kv_pages.placed(kv, state)
+    return dataclasses.replace(self.now, scheduler=state, kv=kv, **host)
 
   def _step_again(self, state: State, events: Any) -> State:
     """One step of the scheduler, with the model's words taken from the record."""
