@@ -217,15 +217,17 @@ def test_a_snapshot_taken_while_requests_are_in_host_memory(tiny, engine, asked,
 
 
 def test_no_pool_sized_copy_or_temporary(tiny):
-  engine = Engine(tiny, **{**SIZES, "num_pages": 4099, "num_host_pages": 2053})
+  """Nor of the pool of a draft."""
+  draft: dict[str, Any] = dict(num_proposed=2, proposer=models.first_layers(tiny, 1))
+  engine = Engine(tiny, **{**SIZES, **draft, "num_pages": 4099, "num_host_pages": 2053})
   state = engine.init()
-  compiled: Any = engine._step.lower(tiny.params, state.scheduler, state.kv).compile()
-  assert state.kv.host is not None
-  for pool in (state.kv.k, state.kv.host[0]):
+  compiled: Any = engine._step.lower(engine.params, state.scheduler, state.kv).compile()
+  assert state.kv.host is not None and state.kv.draft is not None and state.kv.draft.host is not None
+  for pool in (state.kv.k, state.kv.host[0], state.kv.draft.k, state.kv.draft.host[0]):
     shape = ",".join(map(str, pool.shape))
     made = [line for line in compiled.as_text().splitlines() if f"[{shape}]" in line.split(" = ")[-1].split("(")[0]]
     assert made and not [line for line in made if " copy(" in line or "copy-start(" in line]
-  assert compiled.memory_analysis().temp_size_in_bytes < state.kv.host[0].nbytes / 2
+  assert compiled.memory_analysis().temp_size_in_bytes < state.kv.draft.host[0].nbytes / 2
 
 
 def test_impossible_sizes_are_named(tiny):
