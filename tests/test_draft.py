@@ -7,6 +7,7 @@ pages hold what they should, wherever they were shared, copied, swapped or compu
 import dataclasses
 from typing import Any
 
+import jax
 import pytest
 
 from paged_flash import Engine, Params, history, models
@@ -19,7 +20,11 @@ SIZES: dict[str, Any] = dict(num_slots=5, page_size=4, max_seq_len=48, token_bud
 
 @pytest.fixture(scope="module")
 def tiny():
-  return models.load(ONE, seed=3)
+  """Its q, k and v are large, so that what it says depends on all that it sees."""
+  model = models.load(ONE, seed=3)
+  layer = model.params["layers"][0]
+  layers = {0: {**layer, "qkv": jax.tree.map(lambda a: 12 * a, layer["qkv"])}}
+  return dataclasses.replace(model, params={**model.params, "layers": layers})
 
 
 @pytest.fixture(scope="module")
