@@ -33,7 +33,7 @@ def engine(tiny):
   return Engine(tiny, proposer=tiny, num_pages=15, num_host_pages=6, **SIZES)
 
 
-PROMPTS = [prompt_of(9), [*prompt_of(9), *prompt_of(4)], prompt_of(18), prompt_of(10)]  # two begin alike
+PROMPTS = [prompt_of(9), [*prompt_of(9), *prompt_of(4)], prompt_of(18), prompt_of(12)]  # two begin alike
 SAMPLES = 3  # of the last
 WANTED = [
   Params(max_tokens=24),
