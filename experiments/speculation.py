@@ -3,6 +3,7 @@
     python -m experiments.speculation --config=configs/speculation/smollm2.py
 
 Serves the same chat requests with each number of proposed tokens, in turns, and checks that the tokens are the same.
+Prompt lookup proposes them, or the first layers of the model as a draft.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from experiments.serve import Config as ServeConfig
 from experiments.serve import workload
 from paged_flash import Engine, Events, Params, speculation
 from paged_flash.experiment import Workdir, main, write_result
+from paged_flash.models import first_layers
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -25,6 +27,7 @@ class Config:
   num_requests: int = 24
   max_tokens: int = 48
   num_proposed: tuple[int, ...] = (0, 2, 4)
+  draft_layers: tuple[int, ...] = (0,)  # of the model, that propose; 0: prompt lookup does
   longest: int = 3  # of `speculation.lookup`
   shortest: int = 2
   num_slots: tuple[int, ...] = (1, 8)
@@ -47,10 +50,12 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
     max_tokens=config.max_tokens,
   )
   requests = [(request.prompt, request.params) for request in workload(serve, model.config.vocab_size)]
+  lookup = functools.partial(speculation.lookup, longest=config.longest, shortest=config.shortest)
+  ways = dict.fromkeys((n, layers if n else 0) for n in config.num_proposed for layers in config.draft_layers)
   rows = []
   for num_slots in config.num_slots:
     engines = {
-      num_proposed: Engine(
+      (num_proposed, layers): Engine(
         model,
         num_slots=num_slots,
         num_pages=config.num_pages,
@@ -58,34 +63,35 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
         max_seq_len=config.max_seq_len,
         token_budget=config.token_budget,
         num_proposed=num_proposed,
-        proposer=functools.partial(speculation.lookup, longest=config.longest, shortest=config.shortest),
+        proposer=first_layers(model, layers) if layers else lookup,
       )
-      for num_proposed in config.num_proposed
+      for num_proposed, layers in ways
     }
     warm = [1, 2] * config.page_size
     for engine in engines.values():
       engine.complete([(warm, Params(max_tokens=8))] * 2)
-    seconds: dict[int, list[float]] = {num_proposed: [] for num_proposed in engines}
-    seen: dict[int, list[Events]] = {}
+    seconds: dict[tuple[int, int], list[float]] = {way: [] for way in engines}
+    seen: dict[tuple[int, int], list[Events]] = {}
     outputs = {}
     for turn in range(config.repeats):
-      for num_proposed, engine in engines.items():
-        seen[num_proposed], start = [], time.perf_counter()
-        done = engine.complete(requests, on_events=seen[num_proposed].append)
-        seconds[num_proposed].append(time.perf_counter() - start)
-        outputs[num_proposed] = [completion.output_ids for completion in done]
-        print(f"{num_slots} slots, {num_proposed} proposed, turn {turn + 1}: {seconds[num_proposed][-1]:.1f} s")
-    first = config.num_proposed[0]
-    for num_proposed, events in seen.items():
+      for way, engine in engines.items():
+        seen[way], start = [], time.perf_counter()
+        done = engine.complete(requests, on_events=seen[way].append)
+        seconds[way].append(time.perf_counter() - start)
+        outputs[way] = [completion.output_ids for completion in done]
+        print(f"{num_slots} slots, {way[0]} proposed, turn {turn + 1}: {seconds[way][-1]:.1f} s")
+    first = next(iter(engines))
+    for way, events in seen.items():
       proposed, accepted = (sum(sum(getattr(e, name).values()) for e in events) for name in ("proposed", "accepted"))
       turns = sum(len({event.request for event in e}) for e in events)  # of a slot that got tokens
       tokens = sum(map(len, events))
-      took = float(np.median(seconds[num_proposed]))
+      took = float(np.median(seconds[way]))
       rows.append(
         dict(
           num_slots=num_slots,
-          num_proposed=num_proposed,
-          same_tokens=sum(a == b for a, b in zip(outputs[num_proposed], outputs[first], strict=True)) / len(requests),
+          num_proposed=way[0],
+          draft_layers=way[1],
+          same_tokens=sum(a == b for a, b in zip(outputs[way], outputs[first], strict=True)) / len(requests),
           output_tokens=tokens,
           steps=len(events),
           proposed=proposed,

@@ -54,7 +54,8 @@ class Engine:
     prefix_cache: requests that start alike share the pages of it, those of requests that ended included.
     policy: who comes first; one of `paged_flash.policies`, or a function of your own.
     num_proposed: tokens proposed for each slot in a step (`paged_flash.speculation`); those that come are the same.
-    proposer: what proposes them; by default what followed the last tokens where they stood before.
+    proposer: what proposes them: a function of the state (by default: what followed the last tokens where they stood
+      before), or a smaller model of the same vocabulary, a draft, whose K and V lie in the same pages.
     num_host_pages: pages of host memory, to which preempted requests are swapped.
     preemption: which of them are, as far as there is room; from `paged_flash.swapping`, or a function of your own.
     steps_per_dispatch: steps that `run` makes in one program at most.
@@ -94,7 +95,7 @@ class Engine:
     prefix_cache: bool = True,
     policy: scheduler.Policy = scheduler.first_come,
     num_proposed: int = 0,
-    proposer: speculation.Proposer = speculation.lookup,
+    proposer: speculation.Proposer | Model = speculation.lookup,
     num_host_pages: int = 0,
     preemption: swapping.Preemption = swapping.always,
     steps_per_dispatch: int = 32,
@@ -112,7 +113,17 @@ class Engine:
     for name, size in dict(num_proposed=num_proposed, num_host_pages=num_host_pages).items():
       if size < 0:
         raise ValueError(f"{name} must be at least 0, got {size}")
-    page_bytes = page_size * c.kv_values_per_token * dtype.itemsize
+    settings = pure.Settings(
+      token_budget=token_budget,
+      chunk_size=min(chunk_size or token_budget, token_budget),
+      implementation=implementation,
+      policy=policy,
+      num_proposed=num_proposed,
+      proposer=proposer,
+      preemption=preemption,
+    )
+    draft, configs = settings.draft, pure.configs(model, settings)
+    page_bytes = page_size * sum(each.kv_values_per_token for each in configs) * dtype.itemsize
     if (num_pages is None) == (memory_bytes is None):
       raise ValueError(f"give either num_pages or memory_bytes, got {num_pages=} and {memory_bytes=}")
     if num_pages is None:
@@ -126,35 +137,26 @@ class Engine:
     if max_seq_len is not None and max_seq_len > c.max_seq_len:
       raise ValueError(f"max_seq_len must be at most the model's {c.max_seq_len}, got {max_seq_len}")
     self.model, self.num_slots, self.num_pages, self.page_size = model, num_slots, num_pages, page_size
-    chunk_size = min(chunk_size or token_budget, token_budget)
     self.max_seq_len = max_seq_len or c.max_seq_len
-    if c.sliding_window is None or page_table.window_pages(c.sliding_window, chunk_size, page_size) > num_pages:
+    window, chunk_size = c.sliding_window, settings.chunk_size
+    if window is None or page_table.window_pages(window, chunk_size, page_size) > num_pages:
       self.max_seq_len = min(self.max_seq_len, num_pages * page_size)
     self.queue_size, self.prefix_cache, self.kv_dtype, self.debug = queue_size, prefix_cache, dtype, debug
     self.steps_per_dispatch, self.num_host_pages, self.page_bytes = steps_per_dispatch, num_host_pages, page_bytes
+    token = [f"{m.num_layers} layers x 2 (K, V) x {m.num_kv_heads} heads x {m.head_dim}" for m in configs]
     self.memory = (
-      f"KV pool: {num_pages:,} pages x {page_size} tokens x {c.num_layers} layers x 2 (K, V) x {c.num_kv_heads} heads "
-      f"x {c.head_dim} x {dtype.itemsize} B ({dtype.name}) = {num_pages * page_bytes:,} B "
-      f"({num_pages * page_bytes / 2**20:,.1f} MiB, {num_pages * page_size:,} tokens)"
+      f"KV pool: {num_pages:,} pages x {page_size} tokens x {' and '.join(token)} x {dtype.itemsize} B ({dtype.name}) "
+      f"= {num_pages * page_bytes:,} B ({num_pages * page_bytes / 2**20:,.1f} MiB, {num_pages * page_size:,} tokens)"
     )
     self._submit = jax.jit(scheduler.submit)
     self._cancel = jax.jit(scheduler.cancel)
-    settings = pure.Settings(
-      token_budget=token_budget,
-      chunk_size=chunk_size,
-      implementation=implementation,
-      policy=policy,
-      num_proposed=num_proposed,
-      proposer=proposer,
-      preemption=preemption,
-    )
     self._step = jax.jit(functools.partial(pure.step, model, settings), donate_argnames="kv")
     run = functools.partial(pure.run, model, settings, most=steps_per_dispatch)
     self._run = jax.jit(run, donate_argnames="kv")
     # For `history`: what a step would do, and the K and V of what a plan says to compute.
-    self.settings = settings
+    self.settings, self.params = settings, model.params if draft is None else (model.params, draft.params)
     self.plan = jax.jit(functools.partial(pure.plan, settings))
-    fill = functools.partial(pure.compute, model, settings, num_tokens=token_budget)
+    fill = functools.partial(pure.fill, model, settings, num_tokens=token_budget)
     self.fill = jax.jit(fill, donate_argnames="kv")
 
   def init(self) -> EngineState:
@@ -171,15 +173,9 @@ class Engine:
       window=c.sliding_window,
       num_host_pages=self.num_host_pages,
     )
-    kv = kv_pages.init(
-      num_layers=c.num_layers,
-      num_pages=self.num_pages,
-      page_size=self.page_size,
-      num_kv_heads=c.num_kv_heads,
-      head_dim=c.head_dim,
-      dtype=self.kv_dtype,
-      num_host_pages=self.num_host_pages,
-    )
+    sizes = dict(num_pages=self.num_pages, page_size=self.page_size, num_host_pages=self.num_host_pages)
+    kv = pure.pool(self.model, self.settings, dtype=self.kv_dtype, **sizes)
+    state, kv = kv_pages.placed(kv, (state, kv))
     return EngineState(scheduler=state, kv=kv, idle=True, stops={})
 
   def submit(self, state: EngineState, prompt_ids: Sequence[int], **params: Any) -> tuple[EngineState, int]:
@@ -381,7 +377,7 @@ class Engine:
   def _dispatch(self, program: Callable, state: EngineState, *args):
     if state.kv.k.is_deleted():
       raise RuntimeError("state.kv was consumed by an earlier step: the pool is linear; go on from that step's state")
-    sched, kv, events, live = program(self.model.params, state.scheduler, state.kv, *args)
+    sched, kv, events, live = program(self.params, state.scheduler, state.kv, *args)
     events, live = jax.device_get((events, live))
     return sched, kv, events, bool(live)
 

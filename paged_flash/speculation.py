@@ -4,7 +4,7 @@ A proposer guesses what follows; the step scores the guesses beside the token th
 request's own sampling draws from the model's logits at their places. Noise depends on the seed and the token's place in
 its output alone (`sampling`), so that a token drawn here is the token drawn without speculation, greedy or not, and the
 test is equality. What was guessed wrong is taken back: the table is cut to the length of what holds, and the pages past
-it are free in the same step.
+it are free in the same step. A proposer is a function of the state, as `lookup` below, or a draft model (`step`).
 
 S slots, K tokens proposed at most. Sources: Leviathan et al. 2023 (speculative decoding; their rejection sampling keeps
 a distribution, equality under fixed noise keeps the sample); Saxena 2023 (prompt lookup).

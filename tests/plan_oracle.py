@@ -1,7 +1,7 @@
-"""What a step must decide, by lists and dictionaries: who runs, what is found, granted, evicted and preempted.
+"""What a step must decide, by lists and dictionaries: who runs, what is found, granted, evicted, preempted, swapped.
 
-Slow and plain, as `scheduler.plan` and `prefix` are told in words. It reads the state that a step starts from, and
-remembers by itself which page holds which prefix and in which order pages were given back.
+Slow and plain, as `scheduler.plan`, `prefix`, `swapping` and `speculation` are told in words. It reads the state that a
+step starts from, and remembers by itself which page holds which prefix and in which order pages were given back.
 """
 
 import copy
@@ -20,8 +20,9 @@ def up(a: int, b: int) -> int:
 
 
 class Oracle:
-  def __init__(self, page_size: int, token_budget: int, chunk_size: int | None, policy, cache: bool):
+  def __init__(self, page_size: int, token_budget: int, chunk_size: int | None, policy, cache: bool, preemption):
     self.size, self.budget, self.policy, self.cache = page_size, token_budget, jitted(policy), cache
+    self.preemption = preemption
     self.chunk = min(chunk_size or token_budget, token_budget)
     self.library: dict[tuple, int] = {}  # (tenant, *tokens up to a page's end) -> the page
     self.freed: list[int] = []  # pages given back, the first to be evicted first
@@ -38,8 +39,14 @@ class Oracle:
     self.lens, self.refs = np.asarray(table.seq_lens).tolist(), np.asarray(table.ref_counts).tolist()
     self.running = np.asarray(state.running).tolist()
     self.tokens = np.asarray(requests.tokens).tolist()
-    names = ("num_tokens", "prompt_lens", "tenant", "group")
-    self.num_tokens, self.prompts, self.tenant, self.group = (np.asarray(getattr(requests, n)).tolist() for n in names)
+    names = ("num_tokens", "prompt_lens", "tenant", "group", "min_tokens", "max_tokens", "stop_ids")
+    self.num_tokens, self.prompts, self.tenant, self.group, self.least, self.most, self.stops = (
+      np.asarray(getattr(requests, n)).tolist() for n in names
+    )
+    host = state.host
+    self.stored = [0] * len(self.num_tokens) if host is None else np.asarray(host.seq_lens).tolist()  # of each request
+    self.host_pages = [] if host is None else [[p for p in row if p >= 0] for row in np.asarray(host.pages).tolist()]
+    self.host_free = 0 if host is None else int((np.asarray(host.ref_counts) == 0).sum())
     self.arrival = np.asarray(state.arrival).tolist()
     self.live = [
       a != NOBODY and f == LIVE for a, f in zip(self.arrival, np.asarray(state.finish).tolist(), strict=True)
@@ -55,7 +62,7 @@ class Oracle:
     return first if first >= 0 and self.arrival[first] <= self.arrival[row] else NOBODY
 
   def found(self, row: int) -> tuple[list[int], int]:
-    """Pages that hold what a waiting request starts with, and how many of its tokens."""
+    """Pages of the pool that hold what a waiting request starts with, and how many of its tokens."""
     pages = []
     while (len(pages) + 1) * self.size < self.num_tokens[row]:  # the last token is computed in any case
       page = self.library.get(self.key(row, (len(pages) + 1) * self.size))
@@ -63,13 +70,14 @@ class Oracle:
         break
       pages.append(page)
     there, wanted = len(pages) * self.size, self.prompts[row] - 1
+    most = max(there, self.stored[row])
     for slot, other in enumerate(self.running):  # another sample has computed the prompt
-      if other != NOBODY and self.fellow(other) == self.fellow(row) != NOBODY and self.lens[slot] > wanted > there:
+      if other != NOBODY and self.fellow(other) == self.fellow(row) != NOBODY and self.lens[slot] > wanted > most:
         return self.pages[slot][: up(wanted, self.size)], wanted
     return pages, there
 
-  def plan(self, state) -> dict:
-    """What the next step of a state must be: lists over the slots."""
+  def plan(self, state, proposals: list[list[int]]) -> dict:
+    """What the next step of a state must be: lists over the slots; `proposals` are what may follow in each."""
     self.read(state)
     S, size, refs = len(self.running), self.size, self.refs
     free = refs.count(0)
@@ -81,7 +89,8 @@ class Oracle:
       first = self.fellow(row)
       return first not in (NOBODY, row) and self.live[first] and self.num_tokens[first] == self.prompts[first]
 
-    rows, computed, take, copies = [NOBODY] * S, [0] * S, [0] * S, [False] * S
+    rows, take, copies = [NOBODY] * S, [0] * S, [False] * S
+    there, computed = [0] * S, [0] * S  # tokens in pages of the pool, and those in host memory too
     pages: list[list[int]] = [[] for _ in range(S)]
     queue = [r for r, live in enumerate(self.live) if live and r not in self.running and not held_until(r)]
     queue.sort(key=order)
@@ -89,11 +98,13 @@ class Oracle:
     waits = []
     for slot in range(S):
       if self.running[slot] != NOBODY:
-        rows[slot], pages[slot], computed[slot] = self.running[slot], self.pages[slot], self.lens[slot]
+        rows[slot], pages[slot], there[slot] = self.running[slot], self.pages[slot], self.lens[slot]
+        computed[slot] = there[slot]
       elif queue:
         waits.append(slot)
         rows[slot] = queue.pop(0)
-        pages[slot], computed[slot] = self.found(rows[slot])
+        pages[slot], there[slot] = self.found(rows[slot])
+        computed[slot] = max(there[slot], self.stored[rows[slot]])
 
     # Tokens: one for each that decodes, then prompts in order.
     left = self.budget
@@ -108,10 +119,10 @@ class Oracle:
 
     def grown(slot, tokens):
       extra = copies[slot] and tokens > 0
-      return up(computed[slot] + tokens, size) - up(computed[slot], size) + extra
+      return up(computed[slot] + tokens, size) - up(there[slot], size) + extra
 
     for slot in runs + waits:
-      part_full = computed[slot] % size > 0
+      part_full = there[slot] % size > 0
       copies[slot] = part_full and (slot in waits or refs[pages[slot][-1]] > 1)
 
     # Admission: in order, while everything that is known to be needed fits.
@@ -150,6 +161,21 @@ class Oracle:
       if slot not in runs[:served] and slot not in admitted:
         take[slot] = 0
 
+    # Victims go to host memory, those in the first rows first, until one does not fit.
+    out: dict[int, list[int]] = {}
+    room = self.host_free
+    for slot in sorted(victims, key=lambda s: rows[s]):
+      if self.host_pages and self.preemption(np.array([computed[slot]]), np.array([len(pages[slot])]))[0]:
+        room -= len(pages[slot])
+        if room >= 0:
+          out[slot] = pages[slot]
+    back = {
+      s: self.host_pages[rows[s]][up(there[s], size) : up(computed[s], size)] for s in admitted if self.host_pages
+    }
+    stored = [0 if r in [rows[s] for s in admitted] else n for r, n in enumerate(self.stored)]
+    for slot in out:
+      stored[rows[slot]] = computed[slot]
+
     # Pages: those of victims come back, the found are taken, the longest free of the library go if it must be.
     refs = list(refs)
     for slot in victims:
@@ -159,37 +185,78 @@ class Oracle:
     for slot in admitted:
       for p in pages[slot]:
         refs[p] += 1
-    copies = [computed[s] % size > 0 and refs[pages[s][-1]] > 1 for s in range(S)]
-    need = sum(grown(slot, take[slot]) for slot in range(S))
+    copies = [there[s] % size > 0 and refs[pages[s][-1]] > 1 for s in range(S)]
+    stay = set(runs[:kept]) | set(admitted)
+    spare = refs.count(0) - sum(grown(slot, take[slot]) for slot in stay)
+    guessed = [0] * S
+    if max(take) <= 1 and not any(back.values()):
+      left = self.budget - sum(take)
+      for slot in sorted(runs[:served]):
+        if rest[slot] == 1:
+          guessed[slot], left, spare = self.guessed(slot, proposals[slot], left, spare)
+    take = [a + b for a, b in zip(take, guessed, strict=True)]
+    need = sum(grown(slot, take[slot]) for slot in stay)
     known = set(self.library.values())
     short = need - sum(count == 0 and p not in known for p, count in enumerate(refs))
     gone = set([p for p in self.freed if p in known and refs[p] == 0][: max(short, 0)])
     self.library = {key: p for key, p in self.library.items() if p not in gone}
 
-    stay = set(runs[:kept]) | set(admitted)
     return dict(
       rows=[rows[s] if s in stay else NOBODY for s in range(S)],
       starts=[computed[s] if s in stay else 0 for s in range(S)],
       scheduled=take,
+      num_proposed=guessed,
       cached=[computed[s] if s in admitted else 0 for s in range(S)],
       admitted=[s in admitted for s in range(S)],
       preempted=[self.arrival[rows[s]] if s in victims else NOBODY for s in range(S)],
-      lost=[computed[s] if s in victims else 0 for s in range(S)],
+      lost=[computed[s] if s in victims and s not in out else 0 for s in range(S)],
       doomed=doomed,
       library=set(self.library.values()),
+      swap_out=[out.get(s, []) for s in range(S)],  # pages of the pool
+      swap_in=[back.get(s, []) for s in range(S)],  # host pages
+      stored=stored,
     )
 
-  def commit(self, planned, plan, after) -> None:
-    """Takes in what a step filled and gave back: from the state that `plan` returned to the one after the commit."""
+  def guessed(self, slot: int, proposal: list[int], left: int, spare: int) -> tuple[int, int, int]:
+    """How many proposed tokens a decoding slot gets, and what it leaves of the budget and of the free pages."""
+    row, size = self.running[slot], self.size
+    count = (proposal + [NOBODY]).index(NOBODY)
+    count = min(count, self.prompts[row] + self.most[row] - self.num_tokens[row] - 1, left)
+    left -= count
+    inside = -(self.lens[slot] + 1) % size
+    spare -= up(max(count - inside, 0), size)
+    return (count if spare >= 0 else min(count, inside)), left, spare
+
+  def commit(self, planned, plan, tokens: list[list[int]], after) -> list[int]:
+    """Takes in what a step filled and gave back: from the state that `plan` returned to the one after the commit.
+
+    Returns:
+      How many of its `tokens` each slot gets.
+    """
     self.read(planned)
+    counts = [0] * len(self.running)
     for slot, row in enumerate(np.asarray(plan.rows).tolist()):
-      start, count = int(plan.starts[slot]), int(plan.scheduled[slot])
-      for place in range(start // self.size, (start + count) // self.size):
-        key = self.key(row, (place + 1) * self.size)
-        if self.cache and (place == 0 or key[: -self.size] in self.library):
-          self.pages[slot][place] = self.library.setdefault(key, self.pages[slot][place])
+      start, scheduled, guessed = (int(a[slot]) for a in (plan.starts, plan.scheduled, plan.num_proposed))
+      if row != NOBODY and scheduled and start + scheduled - guessed == self.num_tokens[row]:
+        counts[slot] = self.accepted(row, np.asarray(plan.proposed)[slot, :guessed].tolist(), tokens[slot])
+        self.tokens[row][self.num_tokens[row] : self.num_tokens[row] + counts[slot]] = tokens[slot][: counts[slot]]
+      end = start + scheduled - (guessed + 1 - counts[slot] if guessed else 0)
+      for place in range(start // self.size, end // self.size):
+        key, pages = self.key(row, (place + 1) * self.size), self.pages[slot]
+        if self.cache and (place == 0 or self.library.get(key[: -self.size]) == pages[place - 1]):
+          pages[place] = self.library.setdefault(key, pages[place])
     ended = np.asarray(after.running) == NOBODY
     self.give_back([self.pages[slot] for slot in np.flatnonzero(ended)], np.asarray(after.table.ref_counts).tolist())
+    return counts
+
+  def accepted(self, row: int, proposed: list[int], tokens: list[int]) -> int:
+    """How many of the tokens drawn are a request's: the one due, those after right guesses, none after its end."""
+    for k, token in enumerate(tokens):
+      number = self.num_tokens[row] - self.prompts[row] + k + 1
+      ends = number >= self.most[row] or (token in self.stops[row] and number >= self.least[row])
+      if ends or k == len(proposed) or proposed[k] != token:
+        return k + 1
+    raise AssertionError("no token is drawn after the last guess")
 
   def cancel(self, before, after) -> None:
     self.read(before)

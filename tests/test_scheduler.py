@@ -5,14 +5,17 @@ shared wrongly, written while shared, or lost in a preemption changes the tokens
 decides is compared with `plan_oracle`.
 """
 
+import copy
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import settings, strategies
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from paged_flash import policies, scheduler, step, swapping
 from paged_flash.cache import page_table, prefix
@@ -38,6 +41,11 @@ def packer(num_tokens):
   return jax.jit(functools.partial(step.pack, num_tokens=num_tokens))
 
 
+def even(tokens, pages):
+  """A choice of victims to swap: some one way, some the other."""
+  return (tokens > 0) & (tokens % 2 == 0)
+
+
 def next_token(tokens) -> int:
   """What the stand-in model says after these tokens: 1..VOCAB-1."""
   return 1 + zlib.crc32(np.asarray(tokens, np.int32).tobytes()) % (VOCAB - 1)
@@ -55,7 +63,10 @@ def expected(prompt, params: Params) -> tuple[list[int], int]:
 
 
 class Server:
-  """Drives the scheduler with the stand-in model, and checks every step."""
+  """Drives the scheduler with the stand-in model, and checks every step.
+
+  Its proposer knows what comes, and errs as a seeded coin falls: it proposes `fewest` to `guesses` tokens.
+  """
 
   def __init__(
     self,
@@ -71,6 +82,10 @@ class Server:
     policy=scheduler.first_come,
     host=0,
     preemption=swapping.always,
+    guesses=0,
+    fewest=0,
+    errs=0.0,
+    seed=0,
   ):
     self.state = scheduler.init(
       num_slots=slots,
@@ -82,24 +97,26 @@ class Server:
       prefix_cache=cache,
       num_host_pages=host,
     )
-    self.preemption = preemption
+    self.preemption, self.guesses, self.fewest, self.errs = preemption, guesses, fewest, errs
+    self.random = np.random.default_rng(seed)
     self.budget, self.chunk, self.max_seq_len, self.slots, self.policy = budget, chunk, max_seq_len, slots, policy
     self.contents = np.full((pages, page_size), -1)
     self.host_contents = np.full((host, page_size), -1)
     self.asked, self.got, self.ended, self.log = {}, {}, {}, []
-    self.oracle = Oracle(page_size, budget, chunk, policy, cache)
+    self.oracle = Oracle(page_size, budget, chunk, policy, cache, preemption)
 
   def submit(self, prompt, **params):
     return self.submit_samples(prompt, 1, **params)[0]
 
   def submit_samples(self, prompt, n, **params):
     params = Params(**params)
-    batch = rows([(prompt, params)] * n, n, self.max_seq_len, samples=n > 1)
+    batch = rows([(prompt, params)] * n, max(n, 3), self.max_seq_len, samples=n > 1)  # of one size, to compile once
     self.state, ids = submit(self.state, batch)
-    for id in ids.tolist():
+    ids = ids.tolist()[:n]
+    for id in ids:
       if id != NOBODY:
         self.asked[id], self.got[id] = (list(prompt), params), []
-    return ids.tolist()
+    return ids
 
   def cancel(self, id):
     before = self.state
@@ -113,13 +130,12 @@ class Server:
 
   def kept(self):
     """All there is, to go on from later or to go back to: the state is a value, the rest is copied."""
-    got = {id: list(tokens) for id, tokens in self.got.items()}
-    return self.state, self.contents.copy(), dict(self.asked), got, dict(self.ended), self.oracle.copy()
+    rest = self.contents, self.host_contents, self.asked, self.got, self.ended, self.oracle
+    return self.state, copy.deepcopy(rest)
 
   def go_back(self, kept):
-    self.state, contents, asked, got, ended, oracle = kept
-    self.contents, self.oracle = contents.copy(), oracle.copy()
-    self.asked, self.ended, self.got = dict(asked), dict(ended), {id: list(tokens) for id, tokens in got.items()}
+    self.state, rest = kept
+    self.contents, self.host_contents, self.asked, self.got, self.ended, self.oracle = copy.deepcopy(rest)
 
   def stores(self):
     """What pages hold, and host pages."""
@@ -146,25 +162,30 @@ class Server:
       np.testing.assert_array_equal(np.asarray(index.contents)[cached], self.contents[cached])
 
   def proposals(self):
-    """What may follow each slot's tokens: i32[S, K], or None."""
-    return None
+    """What may follow each slot's tokens: i32[S, K]."""
+    out = np.full((self.slots, self.guesses), NOBODY, np.int32)
+    tokens, num_tokens = np.asarray(self.state.requests.tokens), np.asarray(self.state.requests.num_tokens)
+    for slot, row in enumerate(np.asarray(self.state.running)):
+      count = int(self.random.integers(self.fewest, self.guesses + 1))
+      if row >= 0 and count:
+        told = tokens[row, : num_tokens[row]].tolist()
+        for _ in range(count):
+          told.append(next_token(told) if self.random.random() >= self.errs else 0)  # nobody says 0
+        out[slot, :count] = told[-count:]
+    return out
 
   def step(self):
     before = self.state
     frozen = jax.tree.map(np.array, before)
     proposals = self.proposals()
-    wanted = self.oracle.plan(before) if proposals is None and before.host is None else {}  # it knows of neither
-    state, plan = planner(self.budget, self.chunk, self.policy, self.preemption)(before, proposals=proposals)
+    wanted = self.oracle.plan(before, proposals.tolist())
+    run = planner(self.budget, self.chunk, self.policy, self.preemption)
+    state, plan = run(before, proposals=proposals if self.guesses else None)
     self.swap(plan)
-    if plan.swap_in is not None:
-      back = np.asarray(plan.swap_in.dst)
-      assert (np.asarray(state.table.ref_counts)[back[back >= 0]] == 1).all(), "a shared page is written"
     page_table.check(state.table)
     if state.index is not None:
       prefix.check(state.index, state.table)
-    got = {name: np.asarray(getattr(plan, name)).tolist() for name in wanted if name != "library"}
-    if "library" in wanted:
-      got["library"] = self.cached(state)
+    got = self.decided(state, plan)
     assert got == wanted, {name: (got[name], wanted[name]) for name in wanted if got[name] != wanted[name]}
     scheduled, proposed = np.asarray(plan.scheduled), np.asarray(plan.num_proposed)
     assert scheduled.sum() <= self.budget and (scheduled - proposed <= (self.chunk or self.budget)).all()
@@ -172,7 +193,7 @@ class Server:
     for src, dst in zip(np.asarray(plan.copies.src), np.asarray(plan.copies.dst), strict=True):
       if dst != NO_PAGE:
         self.contents[dst] = self.contents[src]
-    refs = np.asarray(state.table.ref_counts)
+    refs, pages = np.asarray(state.table.ref_counts), np.asarray(state.table.pages)
     written = np.asarray(packed.pages)
     for token, page, offset in zip(*map(np.asarray, (packed.tokens, packed.pages, packed.offsets)), strict=True):
       if page != NO_PAGE:
@@ -181,25 +202,39 @@ class Server:
     assert (written != NO_PAGE).sum() == scheduled.sum()
     tokens = np.zeros((self.slots, 1 + plan.proposed.shape[1]), np.int32)
     for slot in np.flatnonzero(scheduled):
-      read = self.contents[np.asarray(state.table.pages[slot])].reshape(-1)
+      read = self.contents[pages[slot]].reshape(-1)
       for k in range(proposed[slot] + 1):
         tokens[slot, k] = next_token(read[: int(packed.kv_lens[slot]) - proposed[slot] + k])
-    self.state, events = commit(state, plan, jnp.asarray(tokens), jnp.zeros(tokens.shape))
-    if wanted:
-      self.oracle.commit(state, plan, self.state)
-      assert self.cached(self.state) == set(self.oracle.library.values())
+    self.state, events = commit(state, plan, tokens, np.zeros(tokens.shape, np.float32))
+    counts = self.oracle.commit(state, plan, tokens.tolist(), self.state)
+    assert events.counts.tolist() == counts
+    assert self.cached(self.state) == set(self.oracle.library.values())
     self.check()
     jax.tree.map(np.testing.assert_array_equal, before, frozen)  # the old state is still what it was
-    for slot in np.flatnonzero(np.asarray(events.ids) != NOBODY):
-      id = int(events.ids[slot])
+    ids, finish = np.asarray(events.ids), np.asarray(events.finish)
+    for slot in np.flatnonzero(ids != NOBODY):
+      id = int(ids[slot])
       assert id in self.asked and id not in self.ended, "a token for a request that is not live"
-      self.got[id] += np.asarray(events.tokens[slot, : int(events.counts[slot])]).tolist()
-      if events.finish[slot] != LIVE:
-        self.ended[id] = int(events.finish[slot])
+      self.got[id] += tokens[slot, : counts[slot]].tolist()
+      if finish[slot] != LIVE:
+        self.ended[id] = int(finish[slot])
     if int(events.ended) != NOBODY:
       self.ended[int(events.ended)] = LENGTH
     self.log.append((plan, events))
     return plan, events
+
+  def decided(self, state, plan):
+    """A plan, and the state that comes with it, in the words of the oracle."""
+    swaps = {name: [[]] * self.slots for name in ("swap_out", "swap_in")}
+    for name, to in (("swap_out", state.host), ("swap_in", state.table)) if state.host is not None else ():
+      copies, refs = getattr(plan, name), to.ref_counts
+      src, dst = np.asarray(copies.src), np.asarray(copies.dst)
+      swaps[name] = [row[row >= 0].tolist() for row in src]
+      assert ((src >= 0) == (dst >= 0)).all()
+      assert (np.asarray(refs)[dst[dst >= 0]] == 1).all(), "a shared page is written"
+    names = ("rows", "starts", "scheduled", "num_proposed", "cached", "admitted", "preempted", "lost", "doomed")
+    stored = swapping.stored(state).tolist()
+    return dict({n: getattr(plan, n).tolist() for n in names}, library=self.cached(state), stored=stored, **swaps)
 
   def drain(self, most=2000):
     for _ in range(most):
@@ -259,44 +294,50 @@ def test_what_the_pool_can_never_hold_is_ended_and_blocks_nobody():
   assert server.got[good] == expected(*server.asked[good])[0]
 
 
+CHAT: dict[str, Any] = dict(slots=3, pages=6, page_size=4, budget=8)
+GUESSES: dict[str, Any] = dict(guesses=3, errs=0.3)
+WORLDS: dict[str, dict[str, Any]] = {
+  "recomputed": CHAT | dict(policy=policies.longest_prefix_first),
+  "swapped": CHAT | dict(cache=False, host=12) | GUESSES,
+  "single": dict(slots=4, pages=14, page_size=1, budget=7, host=20) | GUESSES,
+  "either": dict(slots=4, pages=8, page_size=3, budget=9, chunk=4, host=12, preemption=even) | GUESSES,
+}
+WORLDS["either"] |= dict(policy=policies.by_priority)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
   """Submit, sample, cancel, step, keep and go back in any order, on a pool that cannot satisfy everyone.
 
   Every step is compared with what lists and dictionaries say it must be, every token with what is read through pages.
   """
 
-  @initialize(
-    shape=strategies.sampled_from([(3, 6, 4, 8, None), (4, 8, 3, 5, 2), (2, 6, 1, 4, None)]),
-    policy=strategies.sampled_from([policies.first_come, policies.by_priority, policies.longest_prefix_first]),
-  )
-  def start(self, shape, policy):
-    slots, pages, page_size, budget, chunk = shape
-    self.room = pages * page_size
-    self.server = Server(
-      slots=slots,
-      pages=pages,
-      page_size=page_size,
-      budget=budget,
-      chunk=chunk,
-      queue=6,
-      max_seq_len=self.room,
-      policy=policy,
-    )
+  world: dict[str, Any]
+
+  @initialize()
+  def start(self):
+    self.room = self.world["pages"] * self.world["page_size"]
+    self.server = Server(queue=6, max_seq_len=self.room, **self.world)
     self.prompts = [[]]
     self.kept = self.server.kept()
 
-  @rule(data=strategies.data())
-  def submit(self, data):
-    prefix = data.draw(strategies.sampled_from(self.prompts))[: data.draw(strategies.integers(0, self.room - 2))]
-    room = self.room - len(prefix)
-    n = data.draw(strategies.integers(0 if prefix else 1, max(1, room - 2)))
-    prompt = [*prefix, *prompt_of(n, data.draw(strategies.integers(0, 3)))]
-    most = data.draw(strategies.integers(1, max(1, min(9, self.room - len(prompt)))))
-    stop = data.draw(strategies.lists(strategies.integers(1, VOCAB - 1), max_size=3))
-    samples = data.draw(strategies.sampled_from([1, 1, 2, 3]))
-    more = dict(tenant=data.draw(strategies.integers(0, 1)), priority=data.draw(strategies.integers(0, 2)))
-    self.server.submit_samples(prompt, samples, max_tokens=most, stop_ids=stop, **more)
-    self.prompts.append(prompt)
+  @rule(n=strategies.integers(1, 4), seed=strategies.integers(0, 2**16))
+  def submit(self, n, seed):
+    random = np.random.default_rng(seed)
+    for _ in range(n):  # each begins as some other did, or not
+      prefix = self.prompts[random.integers(len(self.prompts))][: random.integers(0, self.room // 2)]
+      more = random.integers(not prefix, max(2, self.room // 3 - len(prefix)))
+      prompt = [*prefix, *random.integers(1, VOCAB, more).tolist()]
+      self.server.submit_samples(
+        prompt,
+        int(random.choice([1, 1, 2, 3])),
+        max_tokens=int(min(random.integers(1, self.room), self.room - len(prompt))),
+        stop_ids=random.integers(1, VOCAB, random.integers(0, 3)).tolist(),
+        tenant=int(random.integers(0, 2)),
+        priority=int(random.integers(0, 3)),
+      )
+      self.prompts.append(prompt)
+      for _ in range(random.integers(0, 6)):
+        self.server.step()
 
   @precondition(lambda self: self.server.asked)
   @rule(data=strategies.data())
@@ -321,5 +362,7 @@ class SchedulerMachine(RuleBasedStateMachine):
       self.server.finish()
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
-test_scheduler_machine = SchedulerMachine.TestCase
+@pytest.mark.parametrize("world", WORLDS)
+def test_scheduler_machine(world):
+  machine = type("Machine", (SchedulerMachine,), dict(world=WORLDS[world]))
+  run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=20, deadline=None))

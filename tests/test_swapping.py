@@ -13,7 +13,7 @@ from paged_flash.cache import kv_pages
 from paged_flash.cache.page_table import NO_PAGE, PageCopies
 from paged_flash.state import NOBODY
 from tests import test_engine
-from tests.test_scheduler import Server, prompt_of
+from tests.test_scheduler import Server, even, prompt_of
 from tests.test_window import WindowServer
 
 SMALL: dict[str, Any] = dict(slots=4, pages=8, page_size=4, budget=8, max_seq_len=32, queue=8, host=6)
@@ -54,6 +54,24 @@ def test_what_the_index_still_finds_is_not_copied_back():
   assert lost == 0 and 0 < back < out
 
 
+def test_pages_that_others_hold_go_out_too():
+  """They are gone when the victim comes back: who held them has ended, and others needed their bytes."""
+  server = Server(**SMALL)
+  beginning = prompt_of(9)
+  server.submit([*beginning, *prompt_of(3, 1)], max_tokens=12)
+  for _ in range(2):  # its first two pages can be found
+    server.step()
+  server.submit([*beginning, *prompt_of(2, 2)], max_tokens=20)
+  while not totals(server)[2]:
+    server.step()
+  plan, events = server.log[-1]
+  assert events.preempted.max() == 1 and events.lost.sum() == 0
+  held = np.asarray(plan.swap_out.src).max(axis=0)
+  assert held[0] == 0 and held[1] == 1 and events.pages_shared == 0, "it shared two pages until now"
+  server.submit(prompt_of(22, 3), max_tokens=5)
+  server.finish()
+
+
 def test_without_room_in_host_memory_a_victim_is_recomputed():
   server = Server(**{**SMALL, "host": 1}, cache=False)
   for n in (13, 10):
@@ -69,11 +87,6 @@ def test_the_cheaper_way():
   assert costs(tokens, pages).tolist() == [True, False, False, False, True]
   assert swapping.always(tokens, pages).tolist() == [True, True, False, True, True]
   assert not swapping.never(tokens, pages).any()
-
-
-def even(tokens, pages):
-  """Some one way, some the other."""
-  return (tokens > 0) & (tokens % 2 == 0)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -204,15 +217,17 @@ def test_a_snapshot_taken_while_requests_are_in_host_memory(tiny, engine, asked,
 
 
 def test_no_pool_sized_copy_or_temporary(tiny):
-  engine = Engine(tiny, **{**SIZES, "num_pages": 4099, "num_host_pages": 2053})
+  """Nor of the pool of a draft."""
+  draft: dict[str, Any] = dict(num_proposed=2, proposer=models.first_layers(tiny, 1))
+  engine = Engine(tiny, **{**SIZES, **draft, "num_pages": 4099, "num_host_pages": 2053})
   state = engine.init()
-  compiled: Any = engine._step.lower(tiny.params, state.scheduler, state.kv).compile()
-  assert state.kv.host is not None
-  for pool in (state.kv.k, state.kv.host[0]):
+  compiled: Any = engine._step.lower(engine.params, state.scheduler, state.kv).compile()
+  assert state.kv.host is not None and state.kv.draft is not None and state.kv.draft.host is not None
+  for pool in (state.kv.k, state.kv.host[0], state.kv.draft.k, state.kv.draft.host[0]):
     shape = ",".join(map(str, pool.shape))
     made = [line for line in compiled.as_text().splitlines() if f"[{shape}]" in line.split(" = ")[-1].split("(")[0]]
     assert made and not [line for line in made if " copy(" in line or "copy-start(" in line]
-  assert compiled.memory_analysis().temp_size_in_bytes < state.kv.host[0].nbytes / 2
+  assert compiled.memory_analysis().temp_size_in_bytes < state.kv.draft.host[0].nbytes / 2
 
 
 def test_impossible_sizes_are_named(tiny):

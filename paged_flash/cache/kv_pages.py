@@ -3,7 +3,8 @@
 The pool is the one big thing: gigabytes, *linear* and always donated. Whoever is handed one consumes it and returns
 the next; the arrays it was made of must not be used again. It is flattened over layers, page `p` of layer `l` being
 row `l * N + p`, so that XLA updates it in place and never slices a layer out of it. Beside it there may be pages in
-host memory, to which those of preempted requests are copied (`swap`).
+host memory, to which those of preempted requests are copied (`swap`). Where a second model drafts what the first may
+say, a page holds its K and V too, in a pool of its own shapes: what is done to pages is done in both.
 
 Source: Kwon et al. 2023, sections 4.1 and 4.5.
 """
@@ -28,6 +29,7 @@ class KVPages:
   k: jax.Array  # dtype[L*N, page_size, K, D]
   v: jax.Array  # dtype[L*N, page_size, K, D]
   host: tuple[jax.Array, jax.Array] | None  # K and V of H pages in host memory, dtype[H, L, page_size, K, D] each
+  draft: "KVPages | None" = None  # K and V of the draft model, in the same pages
   num_layers: int = dataclasses.field(metadata=dict(static=True))
 
   @property
@@ -64,6 +66,14 @@ def init(
   return KVPages(k=k, v=v, host=host, num_layers=num_layers)
 
 
+def placed[T](kv: KVPages, arrays: T) -> T:
+  """`arrays` (any pytree), committed to where they are if `kv` has host pages, which always are.
+
+  What a program returns beside a committed array is committed, and one that is then handed it compiles again.
+  """
+  return arrays if kv.host is None else jax.device_put(arrays, jax.tree.map(lambda a: a.sharding, arrays))
+
+
 def resize(kv: KVPages, num_pages: int) -> KVPages:
   """The pool with `num_pages` pages, those that are new being zeros. Consumes `kv`; copies it."""
 
@@ -72,7 +82,8 @@ def resize(kv: KVPages, num_pages: int) -> KVPages:
     layers = jnp.pad(layers, [(0, 0), (0, num_pages - layers.shape[1])] + [(0, 0)] * (pool.ndim - 1))
     return layers.reshape(-1, *pool.shape[1:])
 
-  return dataclasses.replace(kv, k=put(kv.k), v=put(kv.v))
+  draft = None if kv.draft is None else resize(kv.draft, num_pages)
+  return dataclasses.replace(kv, k=put(kv.k), v=put(kv.v), draft=draft)
 
 
 def layer_pages(kv: KVPages, pages: jax.Array, layer: int) -> jax.Array:
@@ -109,6 +120,8 @@ def copy(kv: KVPages, copies: PageCopies) -> KVPages:
   One kernel on a Hopper GPU; elsewhere a loop that runs once per copy, and not at all when there is none, as in nearly
   every step.
   """
+  if kv.draft is not None:
+    kv = dataclasses.replace(kv, draft=copy(kv.draft, copies))
   if not kv_write_sm90.supports(kv.k):
     src, dst = copies.src.reshape(-1), copies.dst.reshape(-1)
     k, v = kv_write_sm90.copy(kv.k, kv.v, src, dst, kv.num_layers)
@@ -135,6 +148,8 @@ def swap(kv: KVPages, out: PageCopies | None, back: PageCopies | None) -> KVPage
     out: `src` pages of the pool, `dst` host pages, of any one shape; None for none.
     back: `src` host pages, `dst` pages of the pool; None for none.
   """
+  if kv.draft is not None:
+    kv = dataclasses.replace(kv, draft=swap(kv.draft, out, back))
   if kv.host is None:
     return kv
   layers = jnp.arange(kv.num_layers) * kv.num_pages  # i32[L]

@@ -246,7 +246,9 @@ class Recording:
     return state, host
 
   def _engine_state(self, state: State, host: Mapping[str, Any], kv: KVPages | None) -> EngineState:
-    return dataclasses.replace(self.now, scheduler=jax.tree.map(jnp.asarray, state), kv=kv, **host)
+    state = jax.tree.map(jnp.asarray, state)
+    state = state if kv is None else kv_pages.placed(kv, state)
+    return dataclasses.replace(self.now, scheduler=state, kv=kv, **host)
 
   def _step_again(self, state: State, events: Any) -> State:
     """One step of the scheduler, with the model's words taken from the record."""
@@ -256,11 +258,14 @@ class Recording:
     state, plan = self.engine.plan(state)
     tokens = np.zeros((len(events.running), 1 + plan.proposed.shape[1]), np.int32)
     logprobs = np.zeros(tokens.shape, np.float32)
+    proposed = np.full(plan.proposed.shape, NOBODY, np.int32)  # what held of it is in the record, whoever proposed
     for slot, id in enumerate(events.running):
       words = [*said.get(id, ()), *((token, 0.0) for token in events.cut.get(id, ()))]
       for k, word in enumerate(words):
         tokens[slot, k], logprobs[slot, k] = word
-    state, made = _commit(state, plan, tokens, logprobs)
+      right = max(len(words) - 1, 0)
+      proposed[slot, :right] = tokens[slot, :right]
+    state, made = _commit(state, dataclasses.replace(plan, proposed=proposed), tokens, logprobs)
     for event in events:  # what the host ended, because of a stop string
       finish = FINISH_NAMES[made.finish[events.running.index(event.request)]]
       if event.done and (event.finish != finish or event.request in events.cut):
@@ -306,9 +311,9 @@ def rebuild(engine: Engine, state: State) -> KVPages:
     alone = dataclasses.replace(state, table=table, requests=dataclasses.replace(state.requests, tokens=rows))
     for start in range(first, len(tokens), chunk):
       count = min(chunk, len(tokens) - start)
-      one = {name: np.zeros(S, np.int32) for name in ("rows", "starts", "scheduled")}
+      one = {name: np.zeros(S, np.int32) for name in ("rows", "starts", "scheduled", "num_proposed")}
       one["rows"][1:], one["starts"][0], one["scheduled"][0] = NOBODY, start, count
-      kv = engine.fill(engine.model.params, alone, dataclasses.replace(plan, **one), kv=kv)[1]
+      kv = engine.fill(engine.params, alone, dataclasses.replace(plan, **one), kv=kv)[1]
     return kv
 
   written = np.zeros(N + beside, np.int32)  # tokens in each page

@@ -3,7 +3,7 @@
 from paged_flash.models.config import ModelConfig, RopeScaling
 from paged_flash.models.load import KNOWN, find, load
 from paged_flash.models.tokenizer import TextStream, Tokenizer
-from paged_flash.models.transformer import Attend, Model, Transformer
+from paged_flash.models.transformer import Attend, Model, Transformer, first_layers
 
 __all__ = [
   "KNOWN",
@@ -15,5 +15,6 @@ __all__ = [
   "Tokenizer",
   "Transformer",
   "find",
+  "first_layers",
   "load",
 ]

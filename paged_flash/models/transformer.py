@@ -204,5 +204,27 @@ class Model:
     return nnx.merge(self.graphdef, params)
 
 
+def first_layers(model: Model, num_layers: int) -> Model:
+  """A model of the first layers of another, with its arrays, last norm and head: a draft that needs no weights.
+
+  Raises:
+    ValueError: the model has not so many layers.
+
+  Example:
+    >>> from paged_flash.models import load
+    >>> model = load(ModelConfig(vocab_size=9, embed_dim=4, num_layers=3, num_heads=2, num_kv_heads=1, ffn_dim=8))
+    >>> first_layers(model, 2).config.num_layers
+    2
+
+  Source: Zhang et al. 2023 (Draft & Verify) leave out layers of a model; Elhoushi et al. 2024 (LayerSkip) train it so.
+  """
+  if not 1 <= num_layers <= model.config.num_layers:
+    raise ValueError(f"num_layers must be in 1..{model.config.num_layers}, got {num_layers}")
+  config, dtype = dataclasses.replace(model.config, num_layers=num_layers), model.params["embedding"].dtype
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))))
+  params = {**model.params, "layers": {i: model.params["layers"][i] for i in range(num_layers)}}
+  return dataclasses.replace(model, config=config, graphdef=graphdef, params=params)
+
+
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> jax.Array:
   return (jax.random.normal(rngs.params(), shape, jnp.float32) * scale).astype(dtype)
