@@ -277,7 +277,7 @@ def test_flash_attention_says_what_is_wrong(message):
 
 
 PAGED = cases.paged_call(kv_lens=[9, 5], query_lens=[3, 1], num_tokens=6, max_query_len=3)
-PAGED_ERRORS = {
+PAGED_ERRORS: dict[str, dict[str, Any]] = {
   r"query must be \[T, H, D\], got shape \(6, 6\)": dict(query=PAGED["query"][..., 0]),
   r"k_pages must be \[N, page_size, K, D\], got shape": dict(k_pages=PAGED["k_pages"][0]),
   r"k_pages must have shape \(48, 4, 2, 8\), got \(48, 4, 2, 7\)": dict(k_pages=PAGED["k_pages"][..., :7]),
