@@ -1,6 +1,7 @@
 """The experiment of paged attention: its cases, its oracle and its peers, and how failures are reported."""
 
 import dataclasses
+from typing import Any
 import functools
 import json
 import pathlib
@@ -30,7 +31,7 @@ ZIPF, LONG, MIXED, SHARED = CASES = (
 @functools.partial(jax.jit, static_argnums=0)
 def definition(case: Case, inputs) -> jax.Array:
   query, k_pages, v_pages, pages, lens, starts, k_scales, v_scales = inputs[:8]
-  more = dict(query_starts=starts, max_query_len=case.chunk, k_scales=k_scales, v_scales=v_scales)
+  more: dict[str, Any] = dict(query_starts=starts, max_query_len=case.chunk, k_scales=k_scales, v_scales=v_scales)
   return reference.paged_forward(*paged_problem(query, k_pages, v_pages, pages, lens, **more))[0]
 
 
