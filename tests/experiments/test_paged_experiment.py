@@ -1,10 +1,10 @@
 """The experiment of paged attention: its cases, its oracle and its peers, and how failures are reported."""
 
 import dataclasses
-from typing import Any
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
