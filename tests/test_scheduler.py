@@ -342,7 +342,8 @@ class SchedulerMachine(RuleBasedStateMachine):
   @precondition(lambda self: self.server.asked)
   @rule(data=strategies.data())
   def cancel(self, data):
-    self.server.cancel(data.draw(strategies.sampled_from(sorted(self.server.asked))))
+    live = [id for id in self.server.asked if id not in self.server.ended]
+    self.server.cancel(data.draw(strategies.sampled_from(live or sorted(self.server.asked))))
 
   @rule(n=strategies.integers(1, 12))
   def steps(self, n):
