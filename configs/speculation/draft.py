@@ -16,7 +16,13 @@ from paged_flash.experiment import choose
 
 def get_config(variant: str = "full") -> Config:
   full = Config(
-    num_requests=8, max_tokens=32, num_proposed=(0, 2), draft_layers=(10, 20, 30), num_slots=(2,), num_pages=64
+    num_requests=8,
+    max_tokens=32,
+    num_proposed=(0, 2),
+    draft_layers=(10, 20, 30),
+    num_slots=(2,),
+    num_pages=64,
+    repeats=3,
   )
   smoke = dataclasses.replace(
     full,
@@ -25,5 +31,6 @@ def get_config(variant: str = "full") -> Config:
     num_requests=3,
     max_tokens=9,
     draft_layers=(1,),
+    repeats=1,
   )
   return choose(variant, full=full, smoke=smoke)

@@ -67,11 +67,15 @@ def init(
 
 
 def placed[T](kv: KVPages, arrays: T) -> T:
-  """`arrays` (any pytree), committed to where they are if `kv` has host pages, which always are.
+  """`arrays` (any pytree), committed to the device if `kv` has host pages, which are committed to theirs.
 
   What a program returns beside a committed array is committed, and one that is then handed it compiles again.
   """
-  return arrays if kv.host is None else jax.device_put(arrays, jax.tree.map(lambda a: a.sharding, arrays))
+
+  def place(a):
+    return a if jax.typeof(a).memory_space == jax.memory.Space.Host else jax.device_put(a, jax.devices()[0])
+
+  return arrays if kv.host is None else jax.tree.map(place, arrays)
 
 
 def resize(kv: KVPages, num_pages: int) -> KVPages:
