@@ -15,10 +15,10 @@ Only in shared memory are rows padded to the 64 of a wgmma. Chunks that a lane c
 registers, and written if they are all; of a sequence that a segment's end cuts, the chunks before it make one part, and
 each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
 
-Chunks that several sequences share (`shared_prefixes`) are computed for all of them at once: a unit of sequences is one
-more sequence on the line, whose rows are their queries, and its parts are theirs. Their own chunks come after it, each
-a part. The fold is the same, so is every bit; cascades in which prefix and rest are merged by LSE (FlashInfer, Ye et al.
-2024) read as little, but their results depend on who shares what.
+Chunks that several sequences share (`shared_prefixes`) are computed for all of them at once: a unit of sequences is
+one more sequence on the line, whose rows are their queries, and its parts are theirs. Their own chunks are a part each.
+The fold is the same, so is every bit. A cascade that merges prefix and rest by LSE (FlashInfer, Ye et al. 2024) reads
+as little, but its results depend on who shares what.
 
 Pages of 8 bits are fetched as they are, and widened by the warpgroup into one more tile before each product. The scale
 of a token multiplies its column of S and of P, in float32.
