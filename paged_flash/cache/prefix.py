@@ -324,15 +324,16 @@ def shared_prefixes(pages: jax.Array, kv_lens: jax.Array, page_size: int) -> tup
     >>> leaders.tolist(), num_pages.tolist()
     ([0, 1, 0], [2, 0, 2])
   """
-  index, width = jnp.arange(len(pages), dtype=jnp.int32), pages.shape[1]
-  full = jnp.minimum(kv_lens // page_size, width)
-  leaders = index
-  for bits in range(width.bit_length()):
-    place = (1 << bits) - 1
-    page = jnp.where((full > place) & (pages[:, place] >= 0), pages[:, place], -1 - index)
-    same = page[:, None] == page
-    leaders = jnp.where(same.sum(1) > 1, jnp.argmax(same, 1).astype(jnp.int32), leaders)
-  is_same = (pages == pages[leaders]) & (jnp.arange(width) < jnp.minimum(full, full[leaders])[:, None])
-  count = jnp.argmin(jnp.pad(is_same, ((0, 0), (0, 1))), 1).astype(jnp.int32)
+  (B, P), index = pages.shape, jnp.arange(len(pages), dtype=jnp.int32)
+  full = jnp.minimum(kv_lens // page_size, P)
+  place = (1 << np.arange(P.bit_length())) - 1
+  page = jnp.where((full[:, None] > place) & (pages[:, place] >= 0), pages[:, place], -1 - index[:, None])
+  same = page[:, None] == page  # bool[B, B, places]
+  first = jnp.min(jnp.where(same, index[:, None], B), 1)  # i32[B, places]
+  is_shared = first < jnp.max(jnp.where(same, index[:, None], -1), 1)
+  deepest = jnp.max(jnp.where(is_shared, np.arange(place.size, dtype=np.int32) * B + first, -1), 1)
+  leaders = jnp.where(deepest < 0, index, deepest % B)
+  is_same = (pages == pages[leaders]) & (jnp.arange(P) < jnp.minimum(full, full[leaders])[:, None])
+  count = jnp.min(jnp.where(is_same, P, jnp.arange(P, dtype=jnp.int32)), 1)
   follows = (leaders == index[:, None]) & (index != index[:, None])  # bool[B, B], of each its followers
   return leaders, jnp.where(leaders == index, jnp.max(jnp.where(follows, count, 0), 1), count)

@@ -107,7 +107,7 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
   if not p.has_prefixes or p.window is not None or chunks.max_count == 1 or most < 2 or num_units == 0:
     return None
   assert operands.leaders is not None and operands.shared_pages is not None
-  index = jnp.arange(p.batch)
+  index = jnp.arange(p.batch, dtype=jnp.int32)
   starts, lens = operands.query_starts, operands.kv_lens
   size = chunks.size(cdiv(lens, block_kv))
   shared = jnp.minimum(operands.shared_pages * p.page_size, lens) // (size * block_kv)
@@ -115,26 +115,26 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
     shared = jnp.where(jnp.diff(starts) == 1, shared, 0)
   alike = [x[:, None] == x for x in (operands.leaders, size, shared)]
   alike = functools.reduce(jnp.logical_and, alike) & (shared > 0)  # bool[B, B]
-  place = jnp.sum(alike & (index < index[:, None]), 1)  # of a sequence among those like it
+  place = jnp.sum(alike & (index < index[:, None]), 1, dtype=jnp.int32)  # of a sequence among those like it
   first = place - place % most  # and that of the first of its unit
-  sizes = jnp.minimum(jnp.sum(alike, 1) - first, most)
+  sizes = jnp.minimum(jnp.sum(alike, 1, dtype=jnp.int32) - first, most)
   shared = jnp.where(sizes > 1, shared, 0)
-  is_first = (shared > 0) & (place == first)
-  lead = jnp.argmax(alike & (place == first[:, None]), 1)
-  of = jnp.where(shared > 0, (jnp.cumsum(is_first) - 1)[lead], -1).astype(jnp.int32)
+  # All by sums and maxima over small matrices: each is one kernel, in every step.
+  lead = jnp.min(jnp.where(alike & (place == first[:, None]), index, p.batch), 1)  # the first of its unit
+  is_lead = (shared > 0) & (lead == index)
+  of = jnp.where(shared > 0, jnp.sum(is_lead & (index < lead[:, None]), 1, dtype=jnp.int32), -1)
   width = cdiv(ROWS, group)
-  nothing, none = jnp.zeros(num_units, jnp.int32), jnp.zeros(num_units * width, jnp.int32)
-  to = jnp.where(is_first, of, num_units)
-  row = jnp.where(of < 0, num_units * width, of * width + place - first)
   rows = chunks.max_count * p.num_kv_heads * min(p.max_query_len, max_tokens(p))
-  return Units(
-    leads=nothing.at[to].set(index.astype(jnp.int32), mode="drop"),
-    sizes=nothing.at[to].set(sizes.astype(jnp.int32), mode="drop"),
-    tokens=none.at[row].set((index if starts is None else starts[:-1]).astype(jnp.int32), mode="drop"),
-    places=none.at[row].set((index * rows).astype(jnp.int32), mode="drop"),
-    chunks=shared.astype(jnp.int32),
-    of=of,
-  )
+
+  def look_up(keys, count, *values):
+    """For each number below `count`, those of the values (i32[B]) whose key it is; 0 if it is none's."""
+    is_it = keys == jnp.arange(count)[:, None]
+    return [jnp.max(jnp.where(is_it, value, 0), 1) for value in values]
+
+  leads, unit_sizes = look_up(jnp.where(is_lead, of, -1), num_units, index, sizes)
+  row = jnp.where(of < 0, -1, of * width + place - first)
+  tokens, places = look_up(row, num_units * width, index if starts is None else starts[:-1], index * rows)
+  return Units(leads, unit_sizes, tokens, places, chunks=shared, of=of)
 
 
 class Sequence(NamedTuple):
