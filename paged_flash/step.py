@@ -77,10 +77,10 @@ def pool(model: Model, settings: Settings, **sizes: Any) -> KVPages:
 def plan(settings: Settings, state: State) -> tuple[State, StepPlan]:
   """`scheduler.plan`, with what the proposer proposes; what a draft model will propose is not known yet."""
   proposals = None
-  if settings.num_proposed and not isinstance(settings.proposer, Model):
-    proposals = settings.proposer(state, settings.num_proposed)
-  elif settings.draft is not None:
+  if isinstance(settings.proposer, Model):
     proposals = jnp.zeros((state.running.size, settings.num_proposed), jnp.int32)
+  elif settings.num_proposed:
+    proposals = settings.proposer(state, settings.num_proposed)
   return scheduler.plan(
     state,
     token_budget=settings.token_budget,
