@@ -149,8 +149,8 @@ def paged_attention(
     k_scales: f32[N, page_size, K], factors of 8-bit `k_pages`, one per token and head.
     v_scales: Like `k_scales`.
     shared_prefixes: (leaders i32[B], num_pages i32[B]): the first num_pages[b] pages of sequence b are full and those
-      of sequence leaders[b] (`cache.prefix.shared_prefixes` finds them). "sm90" then reads what several sequences share once
-      for all of them, where each has one query token and there is no window. No bit of the result changes.
+      of sequence leaders[b] (`cache.prefix.shared_prefixes` finds them). "sm90" then reads what several sequences
+      share once for all of them, where each has one query token and there is no window. No bit of the result changes.
     return_residual: Also return the LSE.
     implementation: "sm90" (Hopper GPUs), "xla" or "reference"; None: the first that supports the call (see `explain`).
 
