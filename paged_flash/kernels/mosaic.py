@@ -371,6 +371,23 @@ def anew(x: jax.Array, *, interpret: bool) -> jax.Array:
   return move(x)
 
 
+def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.Array:
+  """x y + z of values one per row, rounded once, which no compiler chooses; y may be a number."""
+  if interpret:
+    return _product(x, y) + z
+  y = jnp.full_like(x, y)
+
+  @_inline(arg_types=(ROW, ROW, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ROW))
+  def fma(_, x, y, z):
+    registers = x.registers.copy()
+    for i, register in enumerate(x.registers.flat):
+      values = [_scalar(r) for r in (register, y.registers.flat[i], z.registers.flat[i])]
+      registers.flat[i] = _register(register, [llvm.intr_fma(*values)])
+    return _like(x, registers)
+
+  return fma(x, y, z)
+
+
 def total(sums: jax.Array, *, interpret: bool) -> jax.Array:
   """Finishes the row sums of `exponentials` over the four lanes that share a row."""
   if interpret:

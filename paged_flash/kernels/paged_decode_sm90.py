@@ -423,7 +423,7 @@ def forward(
         plgpu.commit_smem()
         # Row r sees the keys [r_low, r_high).
         r_high = s.kv_len
-        if p.max_query_len > 1:
+        if max_rows > group:
           row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
           token = sum(jnp.where(row >= first, 1, 0) for first in range(group, max_rows, group))  # row // group
           r_high = jnp.minimum(token + (s.offset + 1), s.kv_len)
@@ -457,8 +457,10 @@ def forward(
           shift = new_max * factor
           if masked:
             shift = jnp.where(new_max == -jnp.inf, 0.0, shift)  # a row that has seen nothing yet
-          alpha = jnp.exp2(row_max * factor - shift)
+          # A chunk's bits must not depend on the program around it: no product is added but by an explicit fma.
+          alpha = jnp.exp2(mosaic.multiply_add(row_max, factor, -shift, interpret=is_interpreted))
           prob, sums = mosaic.exponentials(scores, factor, shift, interpret=is_interpreted)
+          row_sum = mosaic.multiply_add(row_sum, alpha, sums, interpret=is_interpreted)
           acc = mosaic.rescale(acc, alpha, interpret=is_interpreted)
           plgpu.barrier_wait(v_full.at[slot])
           if wide:
@@ -477,8 +479,8 @@ def forward(
           acc = mosaic.add_matmul(acc, prob.astype(dtype), v_tile, interpret=is_interpreted)
           if not wide:
             plgpu.barrier_arrive(v_empty.at[slot])
-            return acc, new_max, row_sum * alpha + sums
-          return acc, new_max, row_sum * alpha + sums, *later
+            return acc, new_max, row_sum
+          return acc, new_max, row_sum, *later
 
         # Tiles [begin, end) are seen whole by every row.
         begin, end = low, jnp.clip(lax.div(s.offset + 1, jnp.int32(block_kv)), low, high)

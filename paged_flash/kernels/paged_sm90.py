@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from paged_flash.kernels import mosaic, paged_decode_sm90, paged_prefill_sm90
 from paged_flash.kernels.problem import PagedOperands, PagedProblem, Problem, is_hopper
 
-MOST_HEADS = 32  # for each KV head in a chunk; 64 are right in the interpreter and not yet checked on a GPU
 PREFILL = "prefill_"
 
 
@@ -33,10 +32,6 @@ def supports(problem: Problem, stage: str = "forward") -> str:
   if p.num_heads // p.num_kv_heads > paged_decode_sm90.ROWS:
     return f"it wants at most 64 query heads for each KV head, not {p.num_heads // p.num_kv_heads}"
   most = paged_decode_sm90.max_tokens(p)
-  if p.max_query_len > most and p.num_heads // p.num_kv_heads > MOST_HEADS:
-    return (
-      f"it takes chunks with at most {MOST_HEADS} query heads for each KV head, not {p.num_heads // p.num_kv_heads}"
-    )
   if p.has_scales and p.max_query_len > most:
     return f"it takes 8-bit pages with max_query_len up to {most} with these heads, not {p.max_query_len}"
   return ""

@@ -61,6 +61,8 @@ CASES |= {
 CASES |= {
   f"chunks-group{group}": Case(**CHUNKS, heads=(2 * group, 2, 64), dtype="float16") for group in (1, 3, 7, 20, 32)
 }
+# Few of them: the definition's scores grow with heads and squared lengths.
+CASES |= {"chunks-group64": Case([400, 129], (128, 2, 64), query_lens=[150, 129], dtype="float16")}
 CASES |= {
   f"chunks-window-{dim}": Case(**CHUNKS, heads=(8, 2, dim), options=dict(local_window_size=200))
   for dim in (64, 128, 256)
@@ -190,17 +192,6 @@ def test_who_computes_makes_no_difference(name):
   for num_blocks in (1, 7, 40):
     for x, y in zip(run(num_blocks, operands), want, strict=True):
       assert (x == y).all()
-
-
-def test_chunks_with_64_heads_for_a_kv_head():
-  """Which `supports` refuses until this has passed; small enough for the definition's scores."""
-  arrays, options = drawn(Case([400, 129], (128, 2, 64), query_lens=[150, 129], dtype="float16"))
-  problem, operands = paged_problem(**arrays, **options)
-  tiles = tuning.tiles(problem, "sm90")
-  out, lse = jax.jit(lambda operands: paged_sm90.paged_forward(problem, operands, **tiles))(operands)
-  want_out, want_lse = wanted(tuple(options.items()), arrays)
-  assert_close(out, want_out.astype(out.dtype))
-  assert_close(lse, want_lse, factor=4)
 
 
 SHARED: dict[str, Case] = {
