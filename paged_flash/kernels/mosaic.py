@@ -375,17 +375,17 @@ def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.
   """x y + z of values one per row, rounded once, which no compiler chooses; y may be a number."""
   if interpret:
     return _product(x, y) + z
-  y = jnp.full_like(x, y)
+  number, factors = (y, ()) if isinstance(y, float) else (None, (y,))
 
-  @_inline(arg_types=(ROW, ROW, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ROW))
-  def fma(_, x, y, z):
+  @_inline(arg_types=(ROW,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ROW))
+  def fma(_, x, z, y=None):
     registers = x.registers.copy()
     for i, register in enumerate(x.registers.flat):
-      values = [_scalar(r) for r in (register, y.registers.flat[i], z.registers.flat[i])]
-      registers.flat[i] = _register(register, [llvm.intr_fma(*values)])
+      factor = mgpu.utils.c(number, ir.F32Type.get()) if y is None else _scalar(y.registers.flat[i])
+      registers.flat[i] = _register(register, [llvm.intr_fma(_scalar(register), factor, _scalar(z.registers.flat[i]))])
     return _like(x, registers)
 
-  return fma(x, y, z)
+  return fma(x, z, *factors)
 
 
 def total(sums: jax.Array, *, interpret: bool) -> jax.Array:
