@@ -375,7 +375,7 @@ def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.
   """x y + z of values one per row, rounded once, which no compiler chooses; y may be a number."""
   if interpret:
     return _product(x, y) + z
-  number, factors = (y, ()) if isinstance(y, float) else (None, (y,))
+  number, factors = (y, ()) if isinstance(y, float) else (0.0, (y,))
 
   @_inline(arg_types=(ROW,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ROW))
   def fma(_, x, z, y=None):
