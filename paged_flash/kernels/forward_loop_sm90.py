@@ -113,11 +113,13 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
       s = loop.cut(work, column, s)
     # The maximum follows only jumps of more than 2^8: most tiles then leave O as it is.
     new_max = jnp.maximum(row_max, s.max(axis=1))
-    new_max = jnp.where((new_max - row_max) * factor > 8.0, new_max, row_max)
+    jumps = (new_max - row_max) * factor > 8.0
+    new_max = jnp.where(jumps, new_max, row_max)
     shift = new_max * factor
     if masked:
       shift = jnp.where(new_max == -jnp.inf, 0.0, shift)  # a row that has seen nothing yet
-    alpha = jnp.exp2(row_max * factor - shift)
+    # Exactly 1 without a jump, which an fma of the difference is not.
+    alpha = jnp.where(jumps, jnp.exp2(row_max * factor - shift), 1.0)
     prob, sums = mosaic.exponentials(s, factor, shift, interpret=loop.interpret)
     return prob, new_max, row_sum * alpha + sums, alpha
 

@@ -457,8 +457,10 @@ def forward(
           shift = new_max * factor
           if masked:
             shift = jnp.where(new_max == -jnp.inf, 0.0, shift)  # a row that has seen nothing yet
-          # A chunk's bits must not depend on the program around it: no product is added but by an explicit fma.
+          # A row's bits must depend neither on the program around it, hence fmas that no compiler chooses, nor on the
+          # rows beside it, and `rescale` looks at whether any alpha is below 1: without a new maximum it is exactly 1.
           alpha = jnp.exp2(mosaic.multiply_add(row_max, factor, -shift, interpret=is_interpreted))
+          alpha = jnp.where(new_max > row_max, alpha, 1.0)
           prob, sums = mosaic.exponentials(scores, factor, shift, interpret=is_interpreted)
           row_sum = mosaic.multiply_add(row_sum, alpha, sums, interpret=is_interpreted)
           acc = mosaic.rescale(acc, alpha, interpret=is_interpreted)
