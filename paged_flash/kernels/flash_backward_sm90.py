@@ -206,8 +206,8 @@ def backward(
   walk, schedule = _plan(p, block_kv, num_blocks)
 
   def kernel(
-    table, q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, query_lens, kv_lens, query_ids, kv_ids, visits, turns,
-    dq_gmem, dk_gmem, dv_gmem, *scratch,
+    table, q_gmem, k_gmem, v_gmem, do_gmem, edges, lse_gmem, delta_gmem, query_lens, kv_lens, query_ids, kv_ids, visits,
+    turns, dq_gmem, dk_gmem, dv_gmem, *scratch,
   ):  # fmt: skip
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, leaving, *barriers = scratch
     if is_wide:
@@ -493,34 +493,63 @@ def backward(
       lax.fori_loop(0, count, one_item, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
 
+    # A tile of keys past the end of its sequence meets no queries. It is a block of its own, whose dK and dV are zeros.
+    has_work = True if table is not None or not p.has_kv_lens else item(0).steps > 0
+    if has_work is not True:
+
+      @pl.when((warpgroup == 0) & ~has_work)
+      def write_zeros():
+        work = item(0)
+        for tile, gmem in ((dk_smem, dk_gmem), (dv_smem, dv_gmem)):
+          for first in range(0, block_kv, ROWS):
+            part, keys = tile.at[pl.ds(first, ROWS)], pl.ds(work.kv_tile * block_kv + first, ROWS)
+            part[...] = mosaic.full(part.shape, 0.0).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(part, gmem.at[work.batch, keys, work.kv_head])
+          plgpu.wait_smem_to_gmem(0)
+
     if is_wide:
       for role in range(NUM_WGS):
-        pl.when(warpgroup == role)(functools.partial(compute_role, role))
+        pl.when((warpgroup == role) & has_work)(functools.partial(compute_role, role))
     else:
-      pl.when(warpgroup < NUM_WGS)(compute_rows)
+      pl.when((warpgroup < NUM_WGS) & has_work)(compute_rows)
 
-    @pl.when(warpgroup == NUM_WGS)
+    @pl.when((warpgroup == NUM_WGS) & has_work)
     def transfer():
       plgpu.set_max_registers(24, action="decrease")
 
       def fetch():
+        def fetch_tile(gmem, edge, end, batch, tile, head, smem, full):
+          """A tile of rows; from `edge` where some lie at or past the end of their sequence."""
+          rows = smem.shape[0]
+
+          def copy(source):
+            plgpu.copy_gmem_to_smem(source, smem, full)
+
+          inside = gmem.at[batch, pl.ds(tile * rows, rows), head]
+          if edge is None:
+            copy(inside)
+          else:
+            pl.when((tile + 1) * rows <= end)(lambda: copy(inside))
+            pl.when((tile + 1) * rows > end)(lambda: copy(edge.at[batch, :, head]))
+
         def one_item(step, done):
           work = item(step)
-          own = pl.ds(work.kv_tile * block_kv, block_kv)
+          query_end, kv_end = (0 if lens is None else lens[work.batch] for lens in (query_lens, kv_lens))
           pl.when(step > 0)(lambda: plgpu.barrier_wait(kv_empty))
-          plgpu.copy_gmem_to_smem(k_gmem.at[work.batch, own, work.kv_head], k_smem, kv_full)
-          plgpu.copy_gmem_to_smem(v_gmem.at[work.batch, own, work.kv_head], v_smem, kv_full)
+          fetch_tile(k_gmem, edges.key, kv_end, work.batch, work.kv_tile, work.kv_head, k_smem, kv_full)
+          fetch_tile(v_gmem, edges.value, kv_end, work.batch, work.kv_tile, work.kv_head, v_smem, kv_full)
 
           @pl.loop(0, work.steps)
           def _(n):
             head, tile = walk.head_and_tile(work, n)
             queries, at = pl.ds(tile * ROWS, ROWS), slot(done + n)
             pl.when(done + n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[at]))
-            plgpu.copy_gmem_to_smem(q_gmem.at[work.batch, queries, head], q_smem.at[at], q_full.at[at])
+            fetch_tile(q_gmem, edges.query, query_end, work.batch, tile, head, q_smem.at[at], q_full.at[at])
             plgpu.copy_gmem_to_smem(lse_gmem.at[work.batch, head, queries], lse_smem.at[at], q_full.at[at])
             at = do_slot(done + n)
             pl.when(done + n >= do_stages)(lambda: plgpu.barrier_wait(do_empty.at[at]))
-            plgpu.copy_gmem_to_smem(do_gmem.at[work.batch, queries, head], do_smem.at[at], do_full.at[at])
+            fetch_tile(do_gmem, edges.d_out, query_end, work.batch, tile, head, do_smem.at[at], do_full.at[at])
             plgpu.copy_gmem_to_smem(delta_gmem.at[work.batch, head, queries], delta_smem.at[at], do_full.at[at])
 
           return done + work.steps
@@ -575,7 +604,7 @@ def backward(
   lse2, delta = _row_statistics(p, operands, out, lse, d_out, d_lse, padded)
   visits, visited = _visits(p, operands, block_kv)
   ids = _segment_ids(operands, block_kv)
-  query, key, value, d_out = _prepared(p, operands, d_out, D, Dv)
+  *arrays, edges = _prepared(p, operands, d_out, D, Dv, block_kv)
   from_both = plgpu.Barrier(num_arrivals=NUM_WGS)
   ring, do_ring = (plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in (stages, do_stages))
   dk_tile, dv_tile = mosaic.smem((block_kv, D), dtype), mosaic.smem((block_kv, Dv), dtype)
@@ -587,8 +616,7 @@ def backward(
     kernel,
     out_type=(
       jax.ShapeDtypeStruct(((kv_tiles,) if is_interpreted else ()) + (p.batch, H, padded, D), jnp.float32),
-      jax.ShapeDtypeStruct(key.shape, dtype),
-      jax.ShapeDtypeStruct(value.shape, dtype),
+      *(jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays[1:3]),
     ),
     grid=(walk.heads * kv_tiles if schedule is None else len(schedule),),
     grid_names=("block",),
@@ -621,7 +649,7 @@ def backward(
 
   table = None if schedule is None else jnp.asarray(schedule)
   lens = operands.query_lens, operands.kv_lens
-  dq, dk, dv = mosaic.untyped(run, table, query, key, value, d_out, lse2, delta, *lens, *ids, visits)
+  dq, dk, dv = mosaic.untyped(run, table, *arrays, edges, lse2, delta, *lens, *ids, visits)
 
   if is_interpreted:
     tile = jnp.arange(query_tiles)
@@ -670,21 +698,39 @@ def _row_statistics(problem, operands, out, lse, d_out, d_lse, padded):
   return lse2, jnp.pad(jnp.where(dead, 0.0, delta), pad)
 
 
+class _Edges(NamedTuple):
+  """[B, rows of a tile, heads, D], the tile at each sequence's end, zeros past the end; None without lengths.
+
+  It stands for all tiles that are not wholly inside their sequence, for what lies past the end may be NaN.
+  """
+
+  query: Any
+  key: Any
+  value: Any
+  d_out: Any
+
+
 def _prepared(
-  problem: FlashProblem, operands: FlashOperands, d_out: jax.Array, D: int, Dv: int
-) -> tuple[jax.Array, ...]:
-  """Query, key, value and d_out, zeros in their padding (it may hold NaN), 8 n rows and 64 n columns."""
-  query, key, value = operands[:3]
+  problem: FlashProblem, operands: FlashOperands, d_out: jax.Array, D: int, Dv: int, block_kv: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, _Edges]:
+  """Query, key, value and d_out of 8 n rows and 64 n columns, zeros in this padding, and their edges."""
   query_lens, kv_lens, _ = spans(problem, operands)
 
-  def clean(x, lens, has_lens, dim):
-    if has_lens:
-      x = jnp.where((jnp.arange(x.shape[1]) < lens[:, None])[..., None, None], x, 0)
+  def padded(x, dim):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, dim - x.shape[-1])))
 
-  query, d_out = (clean(x, query_lens, problem.has_query_lens, n) for x, n in ((query, D), (d_out, Dv)))
-  key, value = (clean(x, kv_lens, problem.has_kv_lens, n) for x, n in ((key, D), (value, Dv)))
-  return query, key, value, d_out
+  def edge(x, lens, has_lens, block):
+    if not has_lens:
+      return None
+    rows = (lens // block * block)[:, None] + jnp.arange(block)
+    tile = x[jnp.arange(len(lens))[:, None], jnp.minimum(rows, x.shape[1] - 1)]
+    return jnp.where((rows < lens[:, None])[..., None, None], tile, 0)
+
+  query, d_out = padded(operands.query, D), padded(d_out, Dv)
+  key, value = padded(operands.key, D), padded(operands.value, Dv)
+  edges = [edge(x, query_lens, problem.has_query_lens, ROWS) for x in (query, d_out)]
+  edges[1:1] = [edge(x, kv_lens, problem.has_kv_lens, block_kv) for x in (key, value)]
+  return query, key, value, d_out, _Edges(*edges)
 
 
 def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
@@ -727,8 +773,11 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
     whole_first = last
   whole_first = jnp.clip(jnp.where(end < begin + block_kv, last, whole_first), first, last)
   whole_last = jnp.clip(whole_last, whole_first, last)
+  is_inside = begin < kv_lens
   before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
-  after = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=query_tiles)
+  after = jnp.where(is_inside, first, query_tiles)
+  after = jnp.pad(after[:, 1:], ((0, 0), (0, 1)), constant_values=query_tiles)
+  first = jnp.where(is_inside, first, last)
   tile = jnp.arange(query_tiles)
   visited = ((first[..., None] <= tile) & (tile < last[..., None])).any(1)
   return jnp.stack([first, last, whole_first, whole_last, before, after], -1).astype(jnp.int32), visited
