@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
+from paged_flash.kernels.claims_sm90 import Claims
 from paged_flash.kernels.mosaic import LOG2_E, ROW
 
 ROWS = 64  # query rows of one warpgroup
@@ -63,7 +64,6 @@ class Loop:
   masks_left: bool  # or the beginning of the last
   masks_inside: bool  # or anything of any
   interpret: bool
-  at: Callable[[Any], Any]  # index of the block's n-th item
   item: Callable[[Any], Any]  # the item of an index
   cut: Callable[[Any, Any, jax.Array], jax.Array]  # (item, first key, scores [ROWS, block_kv]): -inf where masked
   ends: Callable[[Any], tuple[Any, Any, Any]]  # of an item: (begin, end, n)
@@ -78,8 +78,24 @@ class Loop:
     return self.num_wgs < 3 and head_dim <= 128 and not self.interpret
 
 
-def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
-  """Attention of the warpgroup's rows of a block's `steps` items, one at least."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listed:
+  """The items of a block that is told all of them when it begins."""
+
+  count: Any
+  at: Callable[[Any], Any]  # index of the n-th
+
+
+def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims) -> None:
+  """Attention of the warpgroup's rows of all items of a block."""
+  if isinstance(items, Listed):
+    pl.when(items.count > 0)(lambda: _attend(loop, tiles, warpgroup, items, items.at(0)))
+  else:
+    first = items.listen(jnp.int32(0))
+    pl.when(first >= 0)(lambda: _attend(loop, tiles, warpgroup, items, first))
+
+
+def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims, first: Any) -> None:
   q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
   (query_stages, _, head_dim), (stages, block_kv, value_dim) = q_smem.shape, v_smem.shape
   query_in_registers, factor = loop.query_in_registers(head_dim), loop.factor
@@ -164,10 +180,12 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
     plgpu.barrier_arrive(v_empty.at[v])
     return acc, *out
 
-  def one_item(step, carry):
+  def one_item(step, index, carry):
     """Everything of an item after the softmax of its first tile, and that of the next item's first tile."""
     done, query, row_max, row_sum, prob = carry
-    work, upcoming = loop.item(loop.at(step)), loop.at(jnp.minimum(step + 1, steps - 1))
+    work, upcoming = loop.item(index), None
+    if isinstance(items, Listed):  # it is read from global memory meanwhile
+      has_next, upcoming = step + 1 < items.count, items.at(jnp.minimum(step + 1, items.count - 1))
 
     def advance(i, carry, *, masked):
       acc, row_max, row_sum, prob = carry
@@ -185,6 +203,9 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
     acc, row_max, row_sum, prob = carry
     if not query_in_registers:
       plgpu.barrier_arrive(q_empty.at[lax.rem(step, jnp.int32(query_stages))])
+    if isinstance(items, Claims):  # told when the item's last tile is on its way
+      upcoming = items.listen(step + 1)
+      has_next = upcoming >= 0
 
     def with_next():
       query = take_query(step + 1)
@@ -197,12 +218,17 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
     def without_next():
       return values(acc, prob, ring(done + n - 1)), query, row_max, row_sum, prob
 
-    acc, query, *next_row_state = lax.cond(step + 1 < steps, with_next, without_next)
+    acc, query, *next_row_state = lax.cond(has_next, with_next, without_next)
     loop.write(work, acc, row_max, row_sum)
-    return done + n, query, *next_row_state
+    return upcoming, (done + n, query, *next_row_state)
 
   query = take_query(0)
   s = scores(lhs(query, 0), 0)
-  prob, row_max, row_sum, _ = softmax(loop.item(loop.at(0)), 0, s, *fresh(), first_masked)
-  lax.fori_loop(0, steps, one_item, (jnp.int32(0), query, row_max, row_sum, prob.astype(loop.dtype)))
+  prob, row_max, row_sum, _ = softmax(loop.item(first), 0, s, *fresh(), first_masked)
+  carry = jnp.int32(0), query, row_max, row_sum, prob.astype(loop.dtype)
+  if isinstance(items, Listed):
+    lax.fori_loop(0, items.count, lambda step, carry: one_item(step, items.at(step), carry)[1], carry)
+  else:
+    is_one = lambda carry: carry[1] >= 0  # noqa: E731
+    lax.while_loop(is_one, lambda carry: (carry[0] + 1, *one_item(*carry)), (jnp.int32(0), first, carry))
   turn.finish()
