@@ -249,14 +249,14 @@ def backward(
         low = 0 if positions.right is None else keys - positions.offset - positions.right - first_query
         low = jnp.where(keys < positions.kv_len, low, ROWS)
         high = None if positions.left is None else keys - positions.offset + positions.left + 1 - first_query
-        return mosaic.keep(s, low, high, interpret=is_interpreted)
+        kept = mosaic.keep(s, low, high, interpret=is_interpreted)
+        if p.has_segments:
+          ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, ROWS)], layout=COLUMN, optimized=False)
+          own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
+          kept = jnp.where(across(own, s) == down(ids, s), kept, -jnp.inf)
+        return kept
 
-      if not p.has_segments:
-        return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
-      ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, ROWS)], layout=COLUMN, optimized=False)
-      own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
-      s = cut()
-      return jnp.where(across(own, s) == down(ids, s), s, -jnp.inf), slope
+      return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
 
     def probabilities(s, at):
       row_lse = plgpu.load(lse_smem.at[at], layout=COLUMN, optimized=False)
@@ -756,12 +756,19 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   if problem.has_segments:
     query_ids, kv_ids = _segment_ids(operands, block_kv)
     query_ids, kv_ids = query_ids.reshape(-1, query_tiles, ROWS), kv_ids.reshape(-1, kv_tiles, block_kv)
-    same = kv_ids.min(-1)[:, :, None] <= query_ids.max(-1)[:, None]
-    same &= query_ids.min(-1)[:, None] <= kv_ids.max(-1)[:, :, None]  # bool[B, KV tiles, query tiles]
+    query_min, query_max = query_ids.min(-1)[:, None], query_ids.max(-1)[:, None]
+    kv_min, kv_max = kv_ids.min(-1)[:, :, None], kv_ids.max(-1)[:, :, None]
     tile = jnp.arange(query_tiles)
-    first = jnp.maximum(first, jnp.where(same, tile, query_tiles).min(-1))
-    last = jnp.minimum(last, jnp.where(same, tile + 1, 0).max(-1))
+
+    def ends(chosen):  # of bool[B, KV tiles, query tiles]
+      return jnp.where(chosen, tile, query_tiles).min(-1), jnp.where(chosen, tile + 1, 0).max(-1)
+
+    first_same, last_same = ends((kv_min <= query_max) & (query_min <= kv_max))
+    first, last = jnp.maximum(first, first_same), jnp.minimum(last, last_same)
     meets &= first < last
+    alike = (kv_min == query_max) & (query_min == kv_max)  # both hold one id, for min <= max
+    first_alike, last_alike = ends(alike)
+    last_alike = jnp.where(alike.sum(-1) == last_alike - first_alike, last_alike, 0)  # no interval: none
   first = lax.cummin(jnp.where(meets, first, query_tiles), axis=1, reverse=True)
   last = jnp.maximum(lax.cummax(jnp.where(meets, last, 0), axis=1), 1)
   first = jnp.minimum(first, last - 1)
@@ -770,7 +777,7 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   )
   whole_last = last if left is None else jnp.maximum(begin - offsets + left + 1, 0) // ROWS
   if problem.has_segments:
-    whole_first = last
+    whole_first, whole_last = jnp.maximum(whole_first, first_alike), jnp.minimum(whole_last, last_alike)
   whole_first = jnp.clip(jnp.where(end < begin + block_kv, last, whole_first), first, last)
   whole_last = jnp.clip(whole_last, whole_first, last)
   is_inside = begin < kv_lens
