@@ -7,7 +7,7 @@ Each row sees one interval of keys: causality, windows and lengths give its ends
 inside it. Tiles that no row of a block sees are not visited. A block stays on its multiprocessor and works through
 query tiles, a few heads at a time so that K and V stay in the L2 cache. With static lengths its list is made when
 tracing (`make_schedule`), and blocks in clusters of two take neighbouring queries and each fetch half of every K and V
-tile for both. Otherwise blocks claim the next tile when they are free (`claims_sm90`), the heaviest of a few heads
+tile for both. Otherwise blocks claim the next tile when they are free (`items_sm90`), the heaviest of a few heads
 first, and those past the end of their sequence are dealt apart.
 """
 
@@ -22,9 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import claims_sm90, mosaic
-from paged_flash.kernels.claims_sm90 import Claims
-from paged_flash.kernels.forward_loop_sm90 import ROWS, Listed, Loop, Tiles, attend
+from paged_flash.kernels import items_sm90, mosaic
+from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend
+from paged_flash.kernels.items_sm90 import Claims, Listed
 from paged_flash.kernels.mosaic import COLUMN, LN_2, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashOperands, FlashProblem
 
@@ -283,8 +283,8 @@ def forward(
     def fetch():
       plgpu.set_max_registers(32 if num_wgs == 3 else 24, action="decrease")
 
-      def one_item(step, index, done):
-        work = item(index)
+      def one_item(step, index, carry):
+        work, done = item(index), carry[1]
         kv_head = lax.div(work.head, jnp.int32(group))
 
         def fetch_tile(gmem, ring, full, empty, i):
@@ -319,24 +319,9 @@ def forward(
             fetch_tile(k_gmem, k_smem, k_full, k_empty, i)
             fetch_tile(v_gmem, v_smem, v_full, v_empty, i)
 
-        return done + work.high - work.low
+        return step + 1, done + work.high - work.low
 
-      if isinstance(mine, Listed):
-        steps = mine.count
-        done = lax.fori_loop(0, steps, lambda step, done: one_item(step, mine.at(step), done), jnp.int32(0))
-      else:
-
-        def claimed(carry):
-          step, index, done = carry
-          upcoming = mine.claim(index)
-          done = one_item(step, index, done)
-          mine.tell(step + 1, upcoming)
-          return step + 1, mine.listen(step + 1), done
-
-        mine.tell(jnp.int32(0), block)
-        first = jnp.int32(0), mine.listen(jnp.int32(0)), jnp.int32(0)
-        steps, _, done = lax.while_loop(lambda carry: carry[1] >= 0, claimed, first)
-        mine.drain(steps + 1)
+      steps, done = mine.lead(one_item, (jnp.int32(0), jnp.int32(0)))
 
       @mosaic.one_warp
       def drain():  # the interpreter wants every completion of a barrier observed
@@ -377,7 +362,7 @@ def forward(
       plgpu.Barrier(num_barriers=query_stages),
       plgpu.Barrier(num_arrivals=num_wgs, num_barriers=query_stages),
       *(ring, ring_empty, ring, ring_empty, ring),
-      claims_sm90.scratch(num_wgs + 1) if schedule is None else None,
+      items_sm90.scratch(num_wgs + 1) if schedule is None else None,
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     interpret=interpret,

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
-from paged_flash.kernels.claims_sm90 import Claims
+from paged_flash.kernels.items_sm90 import Claims, Listed
 from paged_flash.kernels.mosaic import LOG2_E, ROW
 
 ROWS = 64  # query rows of one warpgroup
@@ -76,14 +76,6 @@ class Loop:
 
   def query_in_registers(self, head_dim: int) -> bool:
     return self.num_wgs < 3 and head_dim <= 128 and not self.interpret
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Listed:
-  """The items of a block that is told all of them when it begins."""
-
-  count: Any
-  at: Callable[[Any], Any]  # index of the n-th
 
 
 def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims) -> None:

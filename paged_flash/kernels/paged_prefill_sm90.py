@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
-from paged_flash.kernels.forward_loop_sm90 import ROWS, Listed, Loop, Tiles, attend
+from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend
+from paged_flash.kernels.items_sm90 import Listed
 from paged_flash.kernels.mosaic import ROW, Rows, cdiv, divide
 from paged_flash.kernels.paged_decode_sm90 import max_tokens
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
