@@ -160,7 +160,8 @@ def forward(
     out_gmem, lse_gmem, *scratch,
   ):  # fmt: skip
     (
-      q_smem, k_smem, v_smem, o_smem, lse_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming
+      q_smem, k_smem, v_smem, ids_smem, o_smem, lse_smem,
+      q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming,
     ) = scratch  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
     num_live = jnp.int32(items) if live is None else live[1][0]
@@ -191,7 +192,7 @@ def forward(
       plgpu.set_max_registers(160 if num_wgs == 3 else 240, action="increase")
       o_tile, lse_tile = o_smem.at[warpgroup], lse_smem.at[warpgroup]
 
-      def cut(work, column, s):
+      def cut(work, column, k, s):
         row = work.first + warpgroup * ROWS
         rows = row + row_iota() if p.is_causal or p.window is not None else None
         low = work.positions.low(rows) - column if left_masks else None
@@ -199,7 +200,7 @@ def forward(
         s = mosaic.keep(s, low, high, interpret=is_interpreted)
         if p.has_segments:
           row_ids = plgpu.load(query_ids.at[work.batch, pl.ds(row, ROWS)], layout=ROW, optimized=False)
-          ids = plgpu.load(kv_ids.at[work.batch, pl.ds(column, block_kv)], layout=COLUMN, optimized=False)
+          ids = plgpu.load(ids_smem.at[k], layout=COLUMN, optimized=False)
           s = jnp.where(across(row_ids, s) == down(ids, s), s, -jnp.inf)
         return s
 
@@ -294,6 +295,8 @@ def forward(
           plgpu.copy_gmem_to_smem(
             gmem.at[work.batch, keys, kv_head], ring.at[slot], full.at[slot], collective_axes=pair
           )
+          if p.has_segments and ring is k_smem:
+            plgpu.copy_gmem_to_smem(kv_ids.at[work.batch, keys], ids_smem.at[slot], full.at[slot])
 
         @mosaic.one_warp
         def first_tiles():
@@ -338,6 +341,7 @@ def forward(
   # A copy of plain values is not cut at the end of its axis as one of tiles is: whole tiles of rows.
   lse_rows = query_tiles * rows_together
   ring = plgpu.Barrier(num_barriers=stages)
+  k_ring = plgpu.Barrier(num_arrivals=2, num_barriers=stages) if p.has_segments else ring  # ids of its tokens too
   ring_empty = plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   if cluster > 1:
     ring_empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=num_wgs, num_barriers=stages)
@@ -357,11 +361,12 @@ def forward(
       mosaic.smem((query_stages, block_q, D), dtype),
       mosaic.smem((stages, block_kv, D), dtype),
       mosaic.smem((stages, block_kv, Dv), dtype),
+      plgpu.SMEM((stages, block_kv), jnp.int32) if p.has_segments else None,
       mosaic.smem((num_wgs, ROWS, out_columns), dtype),
       plgpu.SMEM((num_wgs, ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=query_stages),
       plgpu.Barrier(num_arrivals=num_wgs, num_barriers=query_stages),
-      *(ring, ring_empty, ring, ring_empty, ring),
+      *(k_ring, ring_empty, ring, ring_empty, ring),
       items_sm90.scratch(num_wgs + 1) if schedule is None else None,
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),

@@ -65,7 +65,8 @@ class Loop:
   masks_inside: bool  # or anything of any
   interpret: bool
   item: Callable[[Any], Any]  # the item of an index
-  cut: Callable[[Any, Any, jax.Array], jax.Array]  # (item, first key, scores [ROWS, block_kv]): -inf where masked
+  # (item, first key, slot of the tile of K, scores [ROWS, block_kv]): -inf where masked.
+  cut: Callable[[Any, Any, Any, jax.Array], jax.Array]
   ends: Callable[[Any], tuple[Any, Any, Any]]  # of an item: (begin, end, n)
   write: Callable[[Any, jax.Array, jax.Array, jax.Array], None]  # (item, O, row_max, row_sum), unfinished
 
@@ -112,13 +113,13 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
   def lhs(query, step):
     return query if query_in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
 
-  def softmax(work, i, s, row_max, row_sum, masked):
-    """P of the work's tile i, not yet divided by row_sum; the new statistics; the factor of what came before."""
+  def softmax(work, i, k, s, row_max, row_sum, masked):
+    """P of the work's tile i (slot k), not yet divided by row_sum; the new statistics; the factor of what came before."""
     column = (work.high - 1 - i) * block_kv
     if loop.soft_cap is not None:
       s = jnp.tanh(s * (loop.scale / loop.soft_cap))
     if masked:
-      s = loop.cut(work, column, s)
+      s = loop.cut(work, column, k, s)
     # The maximum follows only jumps of more than 2^8: most tiles then leave O as it is.
     new_max = jnp.maximum(row_max, s.max(axis=1))
     jumps = (new_max - row_max) * factor > 8.0
@@ -136,9 +137,7 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
 
   def scores(query, k):
     plgpu.barrier_wait(k_full.at[k])
-    s = mosaic.matmul(query, k_smem.at[k].T)
-    plgpu.barrier_arrive(k_empty.at[k])
-    return s
+    return mosaic.matmul(query, k_smem.at[k].T)
 
   def values(acc, prob, v):
     plgpu.barrier_wait(v_full.at[v])
@@ -149,8 +148,10 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
   def overlapped(query, k, acc, prob, v, soften):
     """O + P V of one tile, and `soften` of the scores of the next: (O, P, row_max, row_sum, alpha)."""
     if loop.interpret:
-      s = scores(query, k)
-      return values(acc, prob, v), *soften(s)
+      softened = soften(scores(query, k))
+      acc = values(acc, prob, v)
+      plgpu.barrier_arrive(k_empty.at[k])
+      return acc, *softened
 
     def products(refs):
       acc_ref, *out_refs = refs
@@ -181,10 +182,9 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
 
     def advance(i, carry, *, masked):
       acc, row_max, row_sum, prob = carry
-      soften = lambda s: softmax(work, i, s, row_max, row_sum, masked)  # noqa: E731
-      acc, prob, row_max, row_sum, alpha = overlapped(
-        lhs(query, step), ring(done + i), acc, prob, ring(done + i - 1), soften
-      )
+      k = ring(done + i)
+      soften = lambda s: softmax(work, i, k, s, row_max, row_sum, masked)  # noqa: E731
+      acc, prob, row_max, row_sum, alpha = overlapped(lhs(query, step), k, acc, prob, ring(done + i - 1), soften)
       return mosaic.rescale(acc, alpha, interpret=loop.interpret), row_max, row_sum, prob.astype(loop.dtype)
 
     begin, end, n = loop.ends(work)
@@ -200,11 +200,9 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
       has_next = upcoming >= 0
 
     def with_next():
-      query = take_query(step + 1)
-      soften = lambda s: softmax(loop.item(upcoming), 0, s, *fresh(), first_masked)  # noqa: E731
-      acc_, prob_, row_max_, row_sum_, _ = overlapped(
-        lhs(query, step + 1), ring(done + n), acc, prob, ring(done + n - 1), soften
-      )
+      query, k = take_query(step + 1), ring(done + n)
+      soften = lambda s: softmax(loop.item(upcoming), 0, k, s, *fresh(), first_masked)  # noqa: E731
+      acc_, prob_, row_max_, row_sum_, _ = overlapped(lhs(query, step + 1), k, acc, prob, ring(done + n - 1), soften)
       return acc_, query, row_max_, row_sum_, prob_.astype(loop.dtype)
 
     def without_next():
@@ -216,7 +214,10 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
 
   query = take_query(0)
   s = scores(lhs(query, 0), 0)
-  prob, row_max, row_sum, _ = softmax(loop.item(first), 0, s, *fresh(), first_masked)
+  prob, row_max, row_sum, _ = softmax(loop.item(first), 0, 0, s, *fresh(), first_masked)
+  if loop.interpret:
+    plgpu.commit_smem()  # what `cut` read may be overwritten
+  plgpu.barrier_arrive(k_empty.at[0])
   carry = jnp.int32(0), query, row_max, row_sum, prob.astype(loop.dtype)
   if isinstance(items, Listed):
     lax.fori_loop(0, items.count, lambda step, carry: one_item(step, items.at(step), carry)[1], carry)

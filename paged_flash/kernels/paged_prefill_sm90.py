@@ -137,7 +137,7 @@ def forward(
       def my_first(work):
         return work.first + warpgroup * ROWS
 
-      def cut(work, column, s):
+      def cut(work, column, _, s):
         token, skip = divide(my_first(work), group)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
         token = token + (row if group == 1 else lax.div(row + skip, jnp.full_like(row, group)))
