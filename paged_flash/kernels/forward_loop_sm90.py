@@ -114,7 +114,7 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
     return query if query_in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
 
   def softmax(work, i, k, s, row_max, row_sum, masked):
-    """P of the work's tile i (slot k), not yet divided by row_sum; the new statistics; the factor of what came before."""
+    """P of the work's tile i (slot k), not yet divided by row_sum; new statistics; the factor of what came before."""
     column = (work.high - 1 - i) * block_kv
     if loop.soft_cap is not None:
       s = jnp.tanh(s * (loop.scale / loop.soft_cap))
