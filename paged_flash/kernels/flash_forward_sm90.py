@@ -396,11 +396,11 @@ def _live_first(problem: FlashProblem, order: Order, rows: int, query_lens: jax.
 def _heads_together(problem: FlashProblem) -> int:
   """How many KV heads blocks work on at a time, a divisor of all: what they read again should still be in the L2 cache.
 
-  16 heads leave eight or so of an H200's blocks to each, which share what one of them fetches; more heads only as far
-  as they fit the cache.
+  16 query heads leave eight or so of an H200's blocks to each, which share what one of them fetches; more only as far
+  as their K and V fit the cache.
   """
   heads = problem.batch * problem.num_kv_heads
-  most = max(16, _L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.value_dim)))
+  most = max(16 * problem.num_kv_heads // problem.num_heads, _L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.value_dim)))
   return max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
 
 
