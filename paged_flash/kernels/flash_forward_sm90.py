@@ -400,7 +400,8 @@ def _heads_together(problem: FlashProblem) -> int:
   as their K and V fit the cache.
   """
   heads = problem.batch * problem.num_kv_heads
-  most = max(16 * problem.num_kv_heads // problem.num_heads, _L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.value_dim)))
+  fit = _L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.value_dim))
+  most = max(16 * problem.num_kv_heads // problem.num_heads, fit, 1)
   return max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
 
 
