@@ -14,7 +14,7 @@ def go(name,B,T,H,K,D,grad=True,lens="",segs=False,**o):
   def f(a,extra):
     loss=lambda q,k,v: pf.flash_attention(q,k,v,**extra,**o,implementation="sm90").astype(jnp.float32).sum()
     if not grad: return pf.flash_attention(**a,**extra,**o,implementation="sm90")
-    return jax.grad(loss,(0,1,2))(*a.values())
+    return jax.grad(loss,(0,1,2))(a['query'],a['key'],a['value'])
   print("==",name,flush=True)
   mc.compile_(f,a,extra)
 if __name__=="__main__":

@@ -160,10 +160,11 @@ def forward(
     out_gmem, lse_gmem, *scratch,
   ):  # fmt: skip
     (
-      q_smem, k_smem, v_smem, ids_smem, o_smem, lse_smem,
+      q_smem, k_smem, v_smem, o_smem, lse_smem,
       q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming,
     ) = scratch  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
+    ids_smem = None if claiming is None else claiming[0]  # segment ids, a row for each slot of the ring of K
     num_live = jnp.int32(items) if live is None else live[1][0]
     if table is not None:
       mine = Listed(count=table[block, 0], at=lambda step: table[block, 1 + step])
@@ -345,6 +346,7 @@ def forward(
   ring_empty = plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   if cluster > 1:
     ring_empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=num_wgs, num_barriers=stages)
+  ids_of_keys = (stages, block_kv) if p.has_segments else (0, items_sm90.AHEAD)
   call = plgpu.kernel(
     kernel,
     out_type=(
@@ -361,13 +363,12 @@ def forward(
       mosaic.smem((query_stages, block_q, D), dtype),
       mosaic.smem((stages, block_kv, D), dtype),
       mosaic.smem((stages, block_kv, Dv), dtype),
-      plgpu.SMEM((stages, block_kv), jnp.int32) if p.has_segments else None,
       mosaic.smem((num_wgs, ROWS, out_columns), dtype),
       plgpu.SMEM((num_wgs, ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=query_stages),
       plgpu.Barrier(num_arrivals=num_wgs, num_barriers=query_stages),
       *(k_ring, ring_empty, ring, ring_empty, ring),
-      items_sm90.scratch(num_wgs + 1) if schedule is None else None,
+      items_sm90.scratch(num_wgs + 1, ids_of_keys) if schedule is None else None,
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     interpret=interpret,

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import arith, llvm
 
 from paged_flash.kernels import mosaic
 
@@ -25,10 +25,13 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 AHEAD = 2  # items that a block knows of: the one it computes and the next
 
 
-def scratch(listeners: int) -> tuple[Any, Any, Any]:
-  """Shared memory and barriers of a block's `Claims`, to which so many warpgroups or warps listen."""
+def scratch(listeners: int, rows: tuple[int, int] = (0, AHEAD)) -> tuple[Any, Any, Any]:
+  """Shared memory and barriers of a block's `Claims`, to which so many warpgroups listen.
+
+  The memory is i32[rows[0] + 1, rows[1]], of which the last row is theirs: arrays of their own take 1 KiB each.
+  """
   heard = plgpu.Barrier(num_arrivals=listeners, num_barriers=AHEAD)
-  return plgpu.SMEM((AHEAD,), jnp.int32), plgpu.Barrier(num_barriers=AHEAD), heard
+  return plgpu.SMEM((rows[0] + 1, rows[1]), jnp.int32), plgpu.Barrier(num_barriers=AHEAD), heard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ class Claims:
     slot = lax.rem(n, jnp.int32(AHEAD))
     plgpu.barrier_wait(self.told.at[slot])
     if self.interpret:
-      index = self.places[slot]
+      index = self.places[self.places.shape[0] - 1, slot]
     else:
 
       @_inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
@@ -111,7 +114,7 @@ class Claims:
     slot = lax.rem(n, jnp.int32(AHEAD))
     pl.when(n >= AHEAD)(lambda: plgpu.barrier_wait(self.heard.at[slot]))
     if self.interpret:
-      self.places[slot] = self.block if last is None else last + self.num_blocks
+      self.places[self.places.shape[0] - 1, slot] = self.block if last is None else last + self.num_blocks
     else:
 
       @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, _SCALAR))
@@ -130,5 +133,6 @@ class Claims:
 
 
 def _address(places: Any, slot: Any) -> Any:
-  i32 = ir.IntegerType.get_signless(32)
-  return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(places), [slot.registers.item()], i32)
+  i32, (rows, columns) = ir.IntegerType.get_signless(32), ir.MemRefType(places.type).shape
+  place = arith.addi(slot.registers.item(), mgpu.utils.c((rows - 1) * columns, i32))
+  return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(places), [place], i32)
