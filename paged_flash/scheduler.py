@@ -164,8 +164,82 @@ def plan(
     state: with slots filled and pages granted.
     plan: the step.
   """
+  S, R, was = state.running.size, state.arrival.size, state
+  runs, free = state.running >= 0, state.table.num_free
+  decodes = state.requests.num_tokens[state.running] - state.table.seq_lens == 1
+  enters = jnp.any(~runs) & (jnp.sum(state.live) > jnp.sum(runs))
+  starved = jnp.sum(page_table.need(state.table, runs)[0]) > free
+  state, take, computed, doomed, swap_out = lax.cond(
+    jnp.all(decodes | ~runs) & ~enters & ~starved,
+    _all_decode,
+    functools.partial(
+      _in_order,
+      token_budget=token_budget,
+      chunk_size=min(chunk_size or token_budget, token_budget),
+      policy=policy,
+      preemption=preemption,
+    ),
+    state,
+    free,
+  )
+  table, index, row, spared = state.table, state.index, state.running, None
+  admitted, victims = ~runs & (row >= 0), runs & (row < 0)
+  restored = jnp.where(row >= 0, computed - table.seq_lens, 0)
+  num_tokens = state.requests.num_tokens[row]
+
+  # 5. Proposed tokens.
+  proposals = jnp.zeros((S, 0), jnp.int32) if proposals is None else proposals
+  proposals = jnp.where(jnp.any(restored > 0), NOBODY, proposals)  # their pages are not granted yet
+  decodes = ~admitted & (num_tokens - computed == 1)
+  guesses = speculation.afforded(state, row, decodes, take, proposals, token_budget)
+  take += guesses
+  if index is not None:
+    need = jnp.sum(page_table.need(table, restored + take)[0])
+    index = prefix.evict(index, table, need - page_table.count_true((table.ref_counts == 0) & ~index.cached))
+    spared = index.cached
+  state, swap_in = swapping.swap_in(state, jnp.where(admitted, row, R), restored, spared)
+  most = cdiv(token_budget, table.page_size) + 2 * S
+  table, page_copies, granted = page_table.extend(state.table, take, max_pages=most, spared=spared)
+  take = jnp.where(granted, take, 0)
+  return dataclasses.replace(state, table=table, index=index), StepPlan(
+    rows=row,
+    starts=jnp.where(row >= 0, computed, 0),
+    scheduled=take,
+    samples=(take > 0) & (computed + take - guesses == num_tokens),
+    proposed=proposals,
+    num_proposed=guesses,
+    cached=jnp.where(admitted, computed, 0),
+    admitted=admitted,
+    filled=sharing.filled(computed, computed + take, table.page_size, token_budget // table.page_size + S),
+    swap_out=swap_out,
+    swap_in=swap_in,
+    copies=page_copies,
+    preempted=jnp.where(victims, was.arrival[was.running], NOBODY),
+    lost=jnp.where(victims & (swapping.moved(swap_out, row) == 0), was.table.seq_lens, 0),
+    doomed=doomed,
+  )
+
+
+def _all_decode(state: State, free: jax.Array):
+  """What `_in_order` answers where nobody waits for a slot, no prompt is computed and there are pages for all: that is
+  most steps, and no order matters in them."""
+  del free
+  return state, (state.running >= 0).astype(jnp.int32), state.table.seq_lens, jnp.int32(NOBODY), swapping.nothing(state)
+
+
+def _in_order(
+  state: State, free: jax.Array, *, token_budget: int, chunk_size: int, policy: Policy, preemption: swapping.Preemption
+):
+  """Steps 1 to 4 of `plan`.
+
+  Returns:
+    state: with the slots filled, and the pages of victims free.
+    take: i32[S], tokens that each slot is to compute.
+    computed: i32[S], tokens of each slot that it need not compute: those in its pages, and those in host memory.
+    doomed: i32[], as in the plan.
+    swap_out: as in the plan.
+  """
   S, R, table = state.running.size, state.arrival.size, state.table
-  chunk_size = min(chunk_size or token_budget, token_budget)
 
   # 1. Candidates: the running request of each slot, or the next waiting one for a free slot. All below is [S], and
   # from here on in order: those that run, then those that wait, each by policy and arrival.
@@ -233,59 +307,24 @@ def plan(
 
   # Back to slot order, and into the table.
   back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
-  row, kept, admitted, victims, take, decodes = (a[back] for a in (row, kept, admitted, victims, take, decodes))
-  pages, there, computed, num_tokens = pages[back], there[back], computed[back], num_tokens[back]
-  rows = jnp.where(kept | admitted, row, NOBODY)
-  state_out, swap_out = swapping.swap_out(state, victims, preemption)
-  state_out = sharing.release(state_out, victims)
+  row, kept, admitted, victims, take = (a[back] for a in (row, kept, admitted, victims, take))
+  pages, there, computed = pages[back], there[back], computed[back]
+  lost = jnp.where(victims, row, R)
+  state, swap_out = swapping.swap_out(state, victims, preemption)
+  state = sharing.release(state, victims)
   table = lax.cond(
     jnp.any(admitted),
     lambda t: page_table.attach(t, jnp.where(admitted, jnp.arange(S), NOBODY), pages, there),
     lambda t: t,
-    state_out.table,
+    state.table,
   )
-  state_out = sharing.trim(dataclasses.replace(state_out, table=table))  # of what is found, it holds the last window
-  table, index, spared = state_out.table, state_out.index, None
-  restored = jnp.where(admitted, computed - there, 0)
-
-  # 5. Proposed tokens.
-  proposals = jnp.zeros((S, 0), jnp.int32) if proposals is None else proposals
-  proposals = jnp.where(jnp.any(restored > 0), NOBODY, proposals)  # their pages are not granted yet
-  guesses = speculation.afforded(state_out, row, decodes, take, proposals, token_budget)
-  take += guesses
-  if index is not None:
-    need = jnp.sum(page_table.need(table, restored + take)[0])
-    index = prefix.evict(index, table, need - page_table.count_true((table.ref_counts == 0) & ~index.cached))
-    spared = index.cached
-  state_out, swap_in = swapping.swap_in(state_out, jnp.where(admitted, row, R), restored, spared)
-  most = cdiv(token_budget, table.page_size) + 2 * S
-  table, page_copies, granted = page_table.extend(state_out.table, take, max_pages=most, spared=spared)
-  take = jnp.where(granted, take, 0)
-
-  state_out = dataclasses.replace(
-    state_out,
-    table=table,
-    index=index,
-    running=rows,
-    preemptions=state.preemptions.at[jnp.where(victims, row, R)].add(1, mode="drop"),
+  state = sharing.trim(dataclasses.replace(state, table=table))  # of what is found, it holds the last window
+  state = dataclasses.replace(
+    state,
+    running=jnp.where(kept | admitted, row, NOBODY),
+    preemptions=state.preemptions.at[lost].add(1, mode="drop"),
   )
-  return state_out, StepPlan(
-    rows=rows,
-    starts=jnp.where(rows >= 0, computed, 0),
-    scheduled=take,
-    samples=(take > 0) & (computed + take - guesses == num_tokens),
-    proposed=proposals,
-    num_proposed=guesses,
-    cached=jnp.where(admitted, computed, 0),
-    admitted=admitted,
-    filled=sharing.filled(computed, computed + take, table.page_size, token_budget // table.page_size + S),
-    swap_out=swap_out,
-    swap_in=swap_in,
-    copies=page_copies,
-    preempted=jnp.where(victims, state.arrival[row], NOBODY),
-    lost=jnp.where(victims & (swapping.moved(swap_out, row) == 0), computed, 0),
-    doomed=doomed,
-  )
+  return state, take, computed, doomed, swap_out
 
 
 def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array) -> tuple[State, StepEvents]:
@@ -315,7 +354,10 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   finish = jnp.where(plan.samples, jnp.take_along_axis(finish, final[:, None], axis=1)[:, 0], LIVE)
   doomed = jnp.where(plan.doomed >= 0, plan.doomed, R)  # R: no row
   done = (finish != LIVE) | (row == doomed)
-  free = table.ref_counts == 0
+  slots = state.slots  # i32[R]  whose values go to each row
+  free, cached = table.ref_counts == 0, False if state.index is None else state.index.cached
+  num_free, num_shared, num_cached = page_table.count_each(free, table.ref_counts > 1, free & cached)
+  pages_held = table.num_pages - num_free
 
   def ids(where):
     return jnp.where(where, state.arrival[row], NOBODY)
@@ -327,7 +369,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     logprobs=logprobs,
     proposed=plan.num_proposed,
     finish=finish,
-    ended=jnp.where(plan.doomed >= 0, state.arrival[plan.doomed], NOBODY),
+    ended=jnp.max(jnp.where(jnp.arange(R) == doomed, state.arrival, NOBODY)),
     admitted=ids(plan.admitted),
     cached=plan.cached,
     preempted=plan.preempted,
@@ -336,18 +378,18 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     swapped_in=swapping.moved(plan.swap_in, row),
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
     running=ids(row >= 0),
-    num_waiting=jnp.sum(state.waiting, dtype=jnp.int32),
-    pages_held=table.num_pages - page_table.count_true(free),
-    pages_shared=page_table.count_true(table.ref_counts > 1),
-    pages_saved=jnp.sum(jnp.maximum(table.ref_counts - 1, 0), dtype=jnp.int32),
-    pages_cached=jnp.int32(0) if state.index is None else page_table.count_true(free & state.index.cached),
+    num_waiting=jnp.sum(state.live & (slots < 0), dtype=jnp.int32),
+    pages_held=pages_held,
+    pages_shared=num_shared,
+    pages_saved=jnp.sum(table.pages >= 0, dtype=jnp.int32) - pages_held,
+    pages_cached=num_cached,
     tokens_held=jnp.sum(table.seq_lens, dtype=jnp.int32),
   )
   kept = requests.tokens
   if state.index is None or state.index.contents.shape[1] == table.page_size:  # a token a number
     at = jnp.where(k < counts[:, None], row[:, None], R)
     kept = kept.at[at, last[:, None] + k].set(tokens, mode="drop")
-  num_tokens = requests.num_tokens.at[jnp.where(plan.samples, row, R)].add(counts, mode="drop")
+  num_tokens = requests.num_tokens + jnp.where(slots >= 0, counts[slots], 0)
   if k.size > 1:
     held = table.seq_lens - jnp.where(plan.samples, plan.num_proposed + 1 - counts, 0)
     table = lax.cond(jnp.any(plan.num_proposed > 0), page_table.truncate, lambda same, _: same, table, held)
@@ -358,7 +400,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   state = sharing.trim(sharing.release(state, done))
   state = dataclasses.replace(
     state,
-    finish=state.finish.at[jnp.where(done, row, R)].set(finish, mode="drop").at[doomed].set(LENGTH, mode="drop"),
+    finish=jnp.where(jnp.arange(R) == doomed, LENGTH, jnp.where(slots >= 0, finish[slots], state.finish)),
     running=jnp.where(done, NOBODY, row),
   )
   return swapping.forget(state, ~state.live), events

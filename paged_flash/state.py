@@ -83,9 +83,14 @@ class State:
     return (self.arrival >= 0) & (self.finish == LIVE)
 
   @property
+  def slots(self) -> jax.Array:  # i32[R]  that each request runs in; NOBODY
+    R, S = self.arrival.size, self.running.size
+    at = jnp.where(self.running >= 0, self.running, R)
+    return jnp.full(R, NOBODY).at[at].set(jnp.arange(S), mode="drop")
+
+  @property
   def waiting(self) -> jax.Array:  # bool[R]
-    at = jnp.where(self.running >= 0, self.running, self.arrival.size)
-    return self.live.at[at].set(False, mode="drop")
+    return self.live & (self.slots < 0)
 
 
 @jax.tree_util.register_dataclass
