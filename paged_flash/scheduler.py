@@ -165,12 +165,11 @@ def plan(
     plan: the step.
   """
   S, R, was = state.running.size, state.arrival.size, state
-  runs, free = state.running >= 0, state.table.num_free
+  runs, room = state.running >= 0, _room(state)
   decodes = state.requests.num_tokens[state.running] - state.table.seq_lens == 1
   enters = jnp.any(~runs) & (jnp.sum(state.live) > jnp.sum(runs))
-  starved = jnp.sum(page_table.need(state.table, runs)[0]) > free
-  state, take, computed, doomed, swap_out = lax.cond(
-    jnp.all(decodes | ~runs) & ~enters & ~starved,
+  state, take, computed, doomed, swap_out, room = lax.cond(
+    jnp.all(decodes | ~runs) & ~enters & (jnp.sum(runs) <= room[0]),
     _all_decode,
     functools.partial(
       _in_order,
@@ -180,7 +179,7 @@ def plan(
       preemption=preemption,
     ),
     state,
-    free,
+    room,
   )
   table, index, row, spared = state.table, state.index, state.running, None
   admitted, victims = ~runs & (row >= 0), runs & (row < 0)
@@ -195,7 +194,7 @@ def plan(
   take += guesses
   if index is not None:
     need = jnp.sum(page_table.need(table, restored + take)[0])
-    index = prefix.evict(index, table, need - page_table.count_true((table.ref_counts == 0) & ~index.cached))
+    index = prefix.evict(index, table, need - room[1])
     spared = index.cached
   state, swap_in = swapping.swap_in(state, jnp.where(admitted, row, R), restored, spared)
   most = cdiv(token_budget, table.page_size) + 2 * S
@@ -220,15 +219,22 @@ def plan(
   )
 
 
-def _all_decode(state: State, free: jax.Array):
-  """What `_in_order` answers where nobody waits for a slot, no prompt is computed and there are pages for all: that is
-  most steps, and no order matters in them."""
-  del free
-  return state, (state.running >= 0).astype(jnp.int32), state.table.seq_lens, jnp.int32(NOBODY), swapping.nothing(state)
+def _room(state: State) -> tuple[jax.Array, jax.Array]:
+  """Pages that nobody holds, and how many of them are not in the index either: i32[] each."""
+  free = state.table.ref_counts == 0
+  num_free, num_vacant = page_table.totals(free, free if state.index is None else free & ~state.index.cached)
+  return num_free, num_vacant
+
+
+def _all_decode(state: State, room: tuple[jax.Array, jax.Array]):
+  """What `_in_order` answers where nobody waits for a slot, no prompt is computed and there is a page for each: that
+  is most steps, and no order matters in them."""
+  take = (state.running >= 0).astype(jnp.int32)
+  return state, take, state.table.seq_lens, jnp.int32(NOBODY), swapping.nothing(state), room
 
 
 def _in_order(
-  state: State, free: jax.Array, *, token_budget: int, chunk_size: int, policy: Policy, preemption: swapping.Preemption
+  state: State, room: tuple[jax.Array, jax.Array], *, token_budget: int, chunk_size: int, policy: Policy, preemption: swapping.Preemption
 ):
   """Steps 1 to 4 of `plan`.
 
@@ -238,8 +244,9 @@ def _in_order(
     computed: i32[S], tokens of each slot that it need not compute: those in its pages, and those in host memory.
     doomed: i32[], as in the plan.
     swap_out: as in the plan.
+    room: of the state returned.
   """
-  S, R, table = state.running.size, state.arrival.size, state.table
+  S, R, table, free = state.running.size, state.arrival.size, state.table, room[0]
 
   # 1. Candidates: the running request of each slot, or the next waiting one for a free slot. All below is [S], and
   # from here on in order: those that run, then those that wait, each by policy and arrival.
@@ -293,7 +300,6 @@ def _in_order(
     spoken_for = jnp.minimum(spoken_for, most - held)
   shared = jnp.take_along_axis(pages, jnp.maximum(cdiv(there, table.page_size) - 1, 0)[:, None], axis=1)[:, 0]
   spoken_for += waits & copies & (table.ref_counts[shared] == 1)  # its only holder so far will have to copy it too
-  free = table.num_free
   blocked = waits & ((take == 0) | (jnp.cumsum(spoken_for) > free))
   starved = jnp.sum(need) > free
   admitted = waits & (jnp.cumsum(blocked) == 0) & ~starved
@@ -324,7 +330,7 @@ def _in_order(
     running=jnp.where(kept | admitted, row, NOBODY),
     preemptions=state.preemptions.at[lost].add(1, mode="drop"),
   )
-  return state, take, computed, doomed, swap_out
+  return state, take, computed, doomed, swap_out, _room(state)
 
 
 def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array) -> tuple[State, StepEvents]:
@@ -356,8 +362,9 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   done = (finish != LIVE) | (row == doomed)
   slots = state.slots  # i32[R]  whose values go to each row
   free, cached = table.ref_counts == 0, False if state.index is None else state.index.cached
-  num_free, num_shared, num_cached = page_table.count_each(free, table.ref_counts > 1, free & cached)
-  pages_held = table.num_pages - num_free
+  held, shared, saved, cached = page_table.totals(
+    ~free, table.ref_counts > 1, jnp.maximum(table.ref_counts - 1, 0), free & cached
+  )
 
   def ids(where):
     return jnp.where(where, state.arrival[row], NOBODY)
@@ -379,10 +386,10 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
     running=ids(row >= 0),
     num_waiting=jnp.sum(state.live & (slots < 0), dtype=jnp.int32),
-    pages_held=pages_held,
-    pages_shared=num_shared,
-    pages_saved=jnp.sum(table.pages >= 0, dtype=jnp.int32) - pages_held,
-    pages_cached=num_cached,
+    pages_held=held,
+    pages_shared=shared,
+    pages_saved=saved,
+    pages_cached=cached,
     tokens_held=jnp.sum(table.seq_lens, dtype=jnp.int32),
   )
   kept = requests.tokens
@@ -391,8 +398,8 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     kept = kept.at[at, last[:, None] + k].set(tokens, mode="drop")
   num_tokens = requests.num_tokens + jnp.where(slots >= 0, counts[slots], 0)
   if k.size > 1:
-    held = table.seq_lens - jnp.where(plan.samples, plan.num_proposed + 1 - counts, 0)
-    table = lax.cond(jnp.any(plan.num_proposed > 0), page_table.truncate, lambda same, _: same, table, held)
+    lens = table.seq_lens - jnp.where(plan.samples, plan.num_proposed + 1 - counts, 0)
+    table = lax.cond(jnp.any(plan.num_proposed > 0), page_table.truncate, lambda same, _: same, table, lens)
   requests = dataclasses.replace(requests, tokens=kept, num_tokens=num_tokens)
   state = dataclasses.replace(state, table=table, requests=requests)
   if state.index is not None:

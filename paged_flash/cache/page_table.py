@@ -331,10 +331,10 @@ def count_true(mask: jax.Array) -> jax.Array:
   return jnp.sum(lax.population_count(packed(mask)).astype(jnp.int32), axis=-1)
 
 
-def count_each(*masks: jax.Array) -> list[jax.Array]:
-  """`count_true` of several masks (bool[n]) in one reduction: i32[] each."""
-  counts = [lax.population_count(packed(mask)).astype(jnp.int32) for mask in masks]
-  return lax.reduce(counts, [jnp.int32(0)] * len(counts), lambda a, b: jax.tree.map(jnp.add, a, b), (0,))
+def totals(*values: jax.Array) -> list[jax.Array]:
+  """The sums of several arrays (bool[n] or i32[n]), i32[] each: by rows of 32 and in one reduction, two GPU kernels."""
+  rows = [jnp.sum(jnp.pad(v, (0, -v.size % 32)).reshape(-1, 32), axis=1, dtype=jnp.int32) for v in values]
+  return lax.reduce(rows, [jnp.int32(0)] * len(rows), lambda a, b: jax.tree.map(jnp.add, a, b), (0,))
 
 
 def count_upto(ends: jax.Array, k: jax.Array) -> jax.Array:

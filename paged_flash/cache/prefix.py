@@ -130,7 +130,7 @@ def add(
     keys=index.keys.at[at].set(jnp.stack(keys, axis=1).astype(jnp.uint32), mode="drop"),
     buckets=index.buckets.at[jnp.where(new >= 0, place // _WAYS, len(index.buckets)), place % _WAYS].set(new, mode="drop"),
   )
-  moves = (canon >= 0) & (canon != page)
+  moves = canon >= 0
   ref_counts = recounted(table, gained=jnp.where(moves, canon, N), lost=jnp.where(moves, page, N))
   pages = table.pages.at[jnp.where(moves, slot, table.num_slots), depth].set(canon, mode="drop")
   return index, dataclasses.replace(table, pages=pages, ref_counts=ref_counts)
@@ -140,7 +140,7 @@ def _identities(
   index: PrefixIndex, table: PageTable, slot: jax.Array, depth: jax.Array, contents: jax.Array, tenant: jax.Array
 ) -> jax.Array:
   """i32[6, F], of filled pages (see `add`): the page if its identity is new, place in the buckets, page before it, hash
-  (2), and the page that has its identity; NO_PAGE for none."""
+  (2), and the other page that has its identity already; NO_PAGE for none."""
   F = slot.size
   k = jnp.arange(F)
   at = jnp.minimum(slot, table.num_slots - 1)
@@ -176,7 +176,7 @@ def _identities(
   ok = there & ~jnp.any(there & ~same)
   new = jnp.where(ok & is_new, page, NO_PAGE)
   at = bucket * _WAYS + jnp.argmax(place, axis=1).astype(jnp.int32)
-  return jnp.stack([new, at, before, *keys.T.astype(jnp.int32), jnp.where(ok, canon, NO_PAGE)])
+  return jnp.stack([new, at, before, *keys.T.astype(jnp.int32), jnp.where(ok & (canon != page), canon, NO_PAGE)])
 
 
 def released(freed: jax.Array, before: PageTable, after: PageTable) -> jax.Array:
