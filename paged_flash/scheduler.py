@@ -167,7 +167,7 @@ def plan(
   S, R, was = state.running.size, state.arrival.size, state
   runs, room = state.running >= 0, _room(state)
   decodes = state.requests.num_tokens[state.running] - state.table.seq_lens == 1
-  enters = jnp.any(~runs) & (jnp.sum(state.live) > jnp.sum(runs))
+  enters = jnp.any(~runs) & (state.num_waiting > 0)
   state, take, computed, doomed, swap_out, room = lax.cond(
     jnp.all(decodes | ~runs) & ~enters & (jnp.sum(runs) <= room[0]),
     _all_decode,
@@ -234,7 +234,13 @@ def _all_decode(state: State, room: tuple[jax.Array, jax.Array]):
 
 
 def _in_order(
-  state: State, room: tuple[jax.Array, jax.Array], *, token_budget: int, chunk_size: int, policy: Policy, preemption: swapping.Preemption
+  state: State,
+  room: tuple[jax.Array, jax.Array],
+  *,
+  token_budget: int,
+  chunk_size: int,
+  policy: Policy,
+  preemption: swapping.Preemption,
 ):
   """Steps 1 to 4 of `plan`.
 
@@ -360,7 +366,6 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   finish = jnp.where(plan.samples, jnp.take_along_axis(finish, final[:, None], axis=1)[:, 0], LIVE)
   doomed = jnp.where(plan.doomed >= 0, plan.doomed, R)  # R: no row
   done = (finish != LIVE) | (row == doomed)
-  slots = state.slots  # i32[R]  whose values go to each row
   free, cached = table.ref_counts == 0, False if state.index is None else state.index.cached
   held, shared, saved, cached = page_table.totals(
     ~free, table.ref_counts > 1, jnp.maximum(table.ref_counts - 1, 0), free & cached
@@ -385,7 +390,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     swapped_in=swapping.moved(plan.swap_in, row),
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
     running=ids(row >= 0),
-    num_waiting=jnp.sum(state.live & (slots < 0), dtype=jnp.int32),
+    num_waiting=state.num_waiting,
     pages_held=held,
     pages_shared=shared,
     pages_saved=saved,
@@ -396,7 +401,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   if state.index is None or state.index.contents.shape[1] == table.page_size:  # a token a number
     at = jnp.where(k < counts[:, None], row[:, None], R)
     kept = kept.at[at, last[:, None] + k].set(tokens, mode="drop")
-  num_tokens = requests.num_tokens + jnp.where(slots >= 0, counts[slots], 0)
+  num_tokens = requests.num_tokens.at[jnp.where(plan.samples, row, R)].add(counts, mode="drop")
   if k.size > 1:
     lens = table.seq_lens - jnp.where(plan.samples, plan.num_proposed + 1 - counts, 0)
     table = lax.cond(jnp.any(plan.num_proposed > 0), page_table.truncate, lambda same, _: same, table, lens)
@@ -407,7 +412,9 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   state = sharing.trim(sharing.release(state, done))
   state = dataclasses.replace(
     state,
-    finish=jnp.where(jnp.arange(R) == doomed, LENGTH, jnp.where(slots >= 0, finish[slots], state.finish)),
+    finish=state.finish.at[jnp.append(jnp.where(finish != LIVE, row, R), doomed)].set(
+      jnp.append(finish, LENGTH), mode="drop"
+    ),
     running=jnp.where(done, NOBODY, row),
   )
   return swapping.forget(state, ~state.live), events

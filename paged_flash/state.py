@@ -83,14 +83,14 @@ class State:
     return (self.arrival >= 0) & (self.finish == LIVE)
 
   @property
-  def slots(self) -> jax.Array:  # i32[R]  that each request runs in; NOBODY
-    R, S = self.arrival.size, self.running.size
-    at = jnp.where(self.running >= 0, self.running, R)
-    return jnp.full(R, NOBODY).at[at].set(jnp.arange(S), mode="drop")
+  def waiting(self) -> jax.Array:  # bool[R]
+    at = jnp.where(self.running >= 0, self.running, self.arrival.size)
+    return self.live.at[at].set(False, mode="drop")
 
   @property
-  def waiting(self) -> jax.Array:  # bool[R]
-    return self.live & (self.slots < 0)
+  def num_waiting(self) -> jax.Array:  # i32[]
+    """Requests that are live beyond those that run: who runs is live."""
+    return jnp.sum(self.live, dtype=jnp.int32) - jnp.sum(self.running >= 0, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass

@@ -128,7 +128,9 @@ def add(
     contents=index.contents.at[at].set(contents, mode="drop"),
     before=index.before.at[at].set(before, mode="drop"),
     keys=index.keys.at[at].set(jnp.stack(keys, axis=1).astype(jnp.uint32), mode="drop"),
-    buckets=index.buckets.at[jnp.where(new >= 0, place // _WAYS, len(index.buckets)), place % _WAYS].set(new, mode="drop"),
+    buckets=index.buckets.at[jnp.where(new >= 0, place // _WAYS, len(index.buckets)), place % _WAYS].set(
+      new, mode="drop"
+    ),
   )
   moves = canon >= 0
   ref_counts = recounted(table, gained=jnp.where(moves, canon, N), lost=jnp.where(moves, page, N))
