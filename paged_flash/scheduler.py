@@ -15,15 +15,14 @@ beside decoding, Agrawal et al. 2024 (Sarathi-Serve); pages found again after th
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_flash import sharing, speculation, swapping
+from paged_flash import sharing, speculation, swapping, turns
 from paged_flash.cache import page_table, prefix
-from paged_flash.cache.page_table import NO_PAGE, cdiv
+from paged_flash.cache.page_table import cdiv
 from paged_flash.state import (
   CANCELLED,
   LENGTH,
@@ -37,8 +36,7 @@ from paged_flash.state import (
   StepPlan,
   blank,
 )
-
-type Policy = Callable[[State], jax.Array]  # what each request waits for: i32[R], the smaller the sooner
+from paged_flash.turns import Policy
 
 _LAST = jnp.iinfo(jnp.int32).max
 
@@ -165,24 +163,16 @@ def plan(
     plan: the step.
   """
   S, R, was = state.running.size, state.arrival.size, state
-  runs, room = state.running >= 0, _room(state)
-  decodes = state.requests.num_tokens[state.running] - state.table.seq_lens == 1
-  enters = jnp.any(~runs) & (state.num_waiting > 0)
-  state, take, computed, doomed, swap_out, room = lax.cond(
-    jnp.all(decodes | ~runs) & ~enters & (jnp.sum(runs) <= room[0]),
-    _all_decode,
-    functools.partial(
-      _in_order,
-      token_budget=token_budget,
-      chunk_size=min(chunk_size or token_budget, token_budget),
-      policy=policy,
-      preemption=preemption,
-    ),
+  state, turn = turns.deal(
     state,
-    room,
+    token_budget=token_budget,
+    chunk_size=min(chunk_size or token_budget, token_budget),
+    policy=policy,
+    preemption=preemption,
   )
+  take, computed = turn.take, turn.computed
   table, index, row, spared = state.table, state.index, state.running, None
-  admitted, victims = ~runs & (row >= 0), runs & (row < 0)
+  admitted, victims = (was.running < 0) & (row >= 0), (was.running >= 0) & (row < 0)
   restored = jnp.where(row >= 0, computed - table.seq_lens, 0)
   num_tokens = state.requests.num_tokens[row]
 
@@ -194,7 +184,7 @@ def plan(
   take += guesses
   if index is not None:
     need = jnp.sum(page_table.need(table, restored + take)[0])
-    index = prefix.evict(index, table, need - room[1])
+    index = prefix.evict(index, table, need - turn.vacant)
     spared = index.cached
   state, swap_in = swapping.swap_in(state, jnp.where(admitted, row, R), restored, spared)
   most = cdiv(token_budget, table.page_size) + 2 * S
@@ -210,133 +200,13 @@ def plan(
     cached=jnp.where(admitted, computed, 0),
     admitted=admitted,
     filled=sharing.filled(computed, computed + take, table.page_size, token_budget // table.page_size + S),
-    swap_out=swap_out,
+    swap_out=turn.swap_out,
     swap_in=swap_in,
     copies=page_copies,
     preempted=jnp.where(victims, was.arrival[was.running], NOBODY),
-    lost=jnp.where(victims & (swapping.moved(swap_out, row) == 0), was.table.seq_lens, 0),
-    doomed=doomed,
+    lost=jnp.where(victims & (swapping.moved(turn.swap_out, row) == 0), was.table.seq_lens, 0),
+    doomed=turn.doomed,
   )
-
-
-def _room(state: State) -> tuple[jax.Array, jax.Array]:
-  """Pages that nobody holds, and how many of them are not in the index either: i32[] each."""
-  free = state.table.ref_counts == 0
-  num_free, num_vacant = page_table.totals(free, free if state.index is None else free & ~state.index.cached)
-  return num_free, num_vacant
-
-
-def _all_decode(state: State, room: tuple[jax.Array, jax.Array]):
-  """What `_in_order` answers where nobody waits for a slot, no prompt is computed and there is a page for each: that
-  is most steps, and no order matters in them."""
-  take = (state.running >= 0).astype(jnp.int32)
-  return state, take, state.table.seq_lens, jnp.int32(NOBODY), swapping.nothing(state), room
-
-
-def _in_order(
-  state: State,
-  room: tuple[jax.Array, jax.Array],
-  *,
-  token_budget: int,
-  chunk_size: int,
-  policy: Policy,
-  preemption: swapping.Preemption,
-):
-  """Steps 1 to 4 of `plan`.
-
-  Returns:
-    state: with the slots filled, and the pages of victims free.
-    take: i32[S], tokens that each slot is to compute.
-    computed: i32[S], tokens of each slot that it need not compute: those in its pages, and those in host memory.
-    doomed: i32[], as in the plan.
-    swap_out: as in the plan.
-    room: of the state returned.
-  """
-  S, R, table, free = state.running.size, state.arrival.size, state.table, room[0]
-
-  # 1. Candidates: the running request of each slot, or the next waiting one for a free slot. All below is [S], and
-  # from here on in order: those that run, then those that wait, each by policy and arrival.
-  rank = policy(state)
-  was_running = state.running >= 0
-  ready = state.waiting & ~sharing.awaits_prompt(state)
-  queue = lax.cond(jnp.any(ready), lambda: jnp.lexsort((state.arrival, rank, ~ready)), lambda: jnp.zeros(R, jnp.int32))
-  number = jnp.cumsum(~was_running) - 1  # of each free slot
-  waits = ~was_running & (number < jnp.sum(ready))
-  row = jnp.where(was_running, state.running, queue[jnp.minimum(number, R - 1)])
-  slot = jnp.lexsort((state.arrival[row], rank[row], jnp.where(was_running, 0, 2 - waits)))
-  row, runs, waits = row[slot], was_running[slot], waits[slot]
-  num_tokens, stored = state.requests.num_tokens[row], swapping.stored(state)[row]
-
-  pages, there = lax.cond(
-    jnp.any(waits),
-    sharing.found,
-    lambda *_: (jnp.full(table.pages.shape, NO_PAGE), jnp.zeros_like(row)),
-    state,
-    row,
-    waits,
-    stored,
-  )
-  there = jnp.where(runs, table.seq_lens[slot], there)  # tokens in pages held or found
-  computed = jnp.where(waits, jnp.maximum(there, stored), there)  # and in host memory
-  first, place = page_table.first_seen(table, computed), jnp.arange(table.pages_per_slot)
-  returns = computed > there
-  pages = jnp.where(returns[:, None] & (place < first[:, None]), NO_PAGE, pages)
-  there = jnp.where(returns, jnp.maximum(there, first * table.page_size), there)
-  remaining = num_tokens - computed
-
-  # 2. Tokens.
-  decodes = runs & (remaining == 1)
-  wanted = jnp.where((runs | waits) & ~decodes, jnp.minimum(remaining, chunk_size), 0)
-  before = jnp.sum(decodes) + jnp.cumsum(wanted) - wanted
-  take = jnp.where(decodes, 1, jnp.clip(token_budget - before, 0, wanted))
-
-  # 3. Pages. A running request speaks for all its known tokens, so that an admission cannot starve its prefill.
-  def grown(tokens):  # pages to take, to go from those `there` to `computed + tokens`
-    return cdiv(computed + tokens, table.page_size) - cdiv(there, table.page_size) + (copies & (tokens > 0))
-
-  last = table.pages[slot, jnp.maximum(cdiv(there, table.page_size) - 1, 0)]
-  copies = (there % table.page_size > 0) & (waits | (runs & (table.ref_counts[last] > 1)))
-  need = jnp.where(runs, grown(take), 0)
-  revived = (pages >= 0) & (place >= first[:, None]) & (table.ref_counts[pages] == 0)
-  revived = jnp.sum(revived, axis=1)  # free pages that become held
-  spoken_for = jnp.where(runs, grown(remaining), jnp.where(waits, grown(remaining + 1) + revived, 0))
-  if table.window is not None:  # no request ever holds more at once than a window and a chunk fill
-    most = page_table.window_pages(table.window, chunk_size, table.page_size)
-    held = jnp.where(runs, cdiv(computed, table.page_size) - first - copies, 0)
-    spoken_for = jnp.minimum(spoken_for, most - held)
-  shared = jnp.take_along_axis(pages, jnp.maximum(cdiv(there, table.page_size) - 1, 0)[:, None], axis=1)[:, 0]
-  spoken_for += waits & copies & (table.ref_counts[shared] == 1)  # its only holder so far will have to copy it too
-  blocked = waits & ((take == 0) | (jnp.cumsum(spoken_for) > free))
-  starved = jnp.sum(need) > free
-  admitted = waits & (jnp.cumsum(blocked) == 0) & ~starved
-
-  # 4. Preemption.
-  served, kept = lax.cond(starved, swapping.served, lambda *_: (runs, runs), state, slot, runs, need, free)
-  victims = runs & ~kept
-  hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted)
-  doomed = jnp.where(hopeless[0], row[0], NOBODY)
-  take = jnp.where((runs & served) | admitted, take, 0)
-
-  # Back to slot order, and into the table.
-  back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
-  row, kept, admitted, victims, take = (a[back] for a in (row, kept, admitted, victims, take))
-  pages, there, computed = pages[back], there[back], computed[back]
-  lost = jnp.where(victims, row, R)
-  state, swap_out = swapping.swap_out(state, victims, preemption)
-  state = sharing.release(state, victims)
-  table = lax.cond(
-    jnp.any(admitted),
-    lambda t: page_table.attach(t, jnp.where(admitted, jnp.arange(S), NOBODY), pages, there),
-    lambda t: t,
-    state.table,
-  )
-  state = sharing.trim(dataclasses.replace(state, table=table))  # of what is found, it holds the last window
-  state = dataclasses.replace(
-    state,
-    running=jnp.where(kept | admitted, row, NOBODY),
-    preemptions=state.preemptions.at[lost].add(1, mode="drop"),
-  )
-  return state, take, computed, doomed, swap_out, _room(state)
 
 
 def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array) -> tuple[State, StepEvents]:
@@ -366,10 +236,9 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   finish = jnp.where(plan.samples, jnp.take_along_axis(finish, final[:, None], axis=1)[:, 0], LIVE)
   doomed = jnp.where(plan.doomed >= 0, plan.doomed, R)  # R: no row
   done = (finish != LIVE) | (row == doomed)
-  free, cached = table.ref_counts == 0, False if state.index is None else state.index.cached
-  held, shared, saved, cached = page_table.totals(
-    ~free, table.ref_counts > 1, jnp.maximum(table.ref_counts - 1, 0), free & cached
-  )
+  holders = table.ref_counts
+  found = jnp.zeros_like(holders) if state.index is None else (holders == 0) & state.index.cached
+  held, shared, saved, cached = page_table.totals(holders > 0, holders > 1, jnp.maximum(holders - 1, 0), found)
 
   def ids(where):
     return jnp.where(where, state.arrival[row], NOBODY)

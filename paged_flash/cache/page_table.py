@@ -332,7 +332,12 @@ def count_true(mask: jax.Array) -> jax.Array:
 
 
 def totals(*values: jax.Array) -> list[jax.Array]:
-  """The sums of several arrays (bool[n] or i32[n]), i32[] each: by rows of 32 and in one reduction, two GPU kernels."""
+  """The sums of several arrays (bool[n] or i32[n]), i32[] each: by rows of 32, then all in one reduction.
+
+  Example:
+    >>> [int(total) for total in totals(jnp.array([True, False, True]), jnp.array([5, 6, 7]))]
+    [2, 18]
+  """
   rows = [jnp.sum(jnp.pad(v, (0, -v.size % 32)).reshape(-1, 32), axis=1, dtype=jnp.int32) for v in values]
   return lax.reduce(rows, [jnp.int32(0)] * len(rows), lambda a, b: jax.tree.map(jnp.add, a, b), (0,))
 

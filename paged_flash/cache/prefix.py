@@ -117,7 +117,7 @@ def add(
     part = _identities(index, table, slot[:n], depth[:n], contents[:n], tenant[:n])
     return jnp.pad(part, ((0, 0), (0, F - n)), constant_values=NO_PAGE)
 
-  # Only one small array goes through the conditional: XLA copies what does, and a GPU kernel writes each.
+  # One small array goes through the conditional: XLA copies what does, and a GPU writes each array by another kernel.
   sizes = sorted({0, min(_FEW, F), F})
   which = sum((slot[n] < table.num_slots).astype(jnp.int32) for n in sizes[:-1])
   new, place, before, *keys, canon = lax.switch(which, [functools.partial(first, n) for n in sizes])
