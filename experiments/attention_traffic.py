@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.attention_cases import Case, make_inputs
+from experiments.claims import Claim
 from paged_flash import tuning
 from paged_flash.analysis import flash_traffic, human_bytes, naive_traffic, show_attention_traffic
 from paged_flash.analysis.traffic import L2_BYTES
@@ -57,6 +58,7 @@ class Config:
   l2_bytes: int = L2_BYTES  # of the L2 cache, in the count
   compile_threads: int = 8
   seconds: float = 240.0  # for all of the measurement; what takes longer is not measured
+  claim: Claim | None = None
   result: str = ""  # name under experiments/results/attention_traffic/<device>/ to write to; "" writes none
 
 
@@ -246,8 +248,26 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
   print_table(rows)
   workdir.save_figure("traffic.png", show_attention_traffic(rows))
   if config.result:
-    print(write_result("attention_traffic", rows, name=config.result, config=dataclasses.asdict(config)))
+    claims = [judged(config.claim, rows)] if config.claim else []
+    print(write_result("attention_traffic", rows, name=config.result, claims=claims, config=dataclasses.asdict(config)))
   return rows
+
+
+def judged(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """Counters against counted bytes of ours, in how many cases within 10 %; and how much more plain attention moves."""
+  measured = {(row["case"], row["peer"]): row for row in rows if row["measured_hbm_bytes"]}
+  ours = {case: row for (case, peer), row in measured.items() if peer == "ours"}
+  plain = {case: row for (case, peer), row in measured.items() if peer == "naive" and case in ours}
+  if not ours:
+    return claim.judged("not measured", None)
+  ratios = sorted(row["hbm_ratio"] for row in ours.values())
+  close = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+  text = [f"counters within 10 % of the counted HBM bytes in {close} of {len(ratios)} cases ({ratios[0]:.2f} to "]
+  text[0] += f"{ratios[-1]:.2f})"
+  more = sorted(row["measured_hbm_bytes"] / ours[case]["measured_hbm_bytes"] for case, row in plain.items())
+  text += [f"plain attention moves {more[0]:.0f} to {more[-1]:.0f} times as much"] if more else []
+  far = bool(more) and more[0] > 4
+  return claim.judged("; ".join(text), True if far and close == len(ratios) else None if far else False)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

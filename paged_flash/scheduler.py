@@ -15,15 +15,14 @@ beside decoding, Agrawal et al. 2024 (Sarathi-Serve); pages found again after th
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_flash import sharing, speculation, swapping
+from paged_flash import sharing, speculation, swapping, turns
 from paged_flash.cache import page_table, prefix
-from paged_flash.cache.page_table import NO_PAGE, cdiv
+from paged_flash.cache.page_table import cdiv
 from paged_flash.state import (
   CANCELLED,
   LENGTH,
@@ -37,8 +36,7 @@ from paged_flash.state import (
   StepPlan,
   blank,
 )
-
-type Policy = Callable[[State], jax.Array]  # what each request waits for: i32[R], the smaller the sooner
+from paged_flash.turns import Policy
 
 _LAST = jnp.iinfo(jnp.int32).max
 
@@ -164,114 +162,37 @@ def plan(
     state: with slots filled and pages granted.
     plan: the step.
   """
-  S, R, table = state.running.size, state.arrival.size, state.table
-  chunk_size = min(chunk_size or token_budget, token_budget)
-
-  # 1. Candidates: the running request of each slot, or the next waiting one for a free slot. All below is [S], and
-  # from here on in order: those that run, then those that wait, each by policy and arrival.
-  rank = policy(state)
-  was_running = state.running >= 0
-  ready = state.waiting & ~sharing.awaits_prompt(state)
-  queue = lax.cond(jnp.any(ready), lambda: jnp.lexsort((state.arrival, rank, ~ready)), lambda: jnp.zeros(R, jnp.int32))
-  number = jnp.cumsum(~was_running) - 1  # of each free slot
-  waits = ~was_running & (number < jnp.sum(ready))
-  row = jnp.where(was_running, state.running, queue[jnp.minimum(number, R - 1)])
-  slot = jnp.lexsort((state.arrival[row], rank[row], jnp.where(was_running, 0, 2 - waits)))
-  row, runs, waits = row[slot], was_running[slot], waits[slot]
-  num_tokens, stored = state.requests.num_tokens[row], swapping.stored(state)[row]
-
-  pages, there = lax.cond(
-    jnp.any(waits),
-    sharing.found,
-    lambda *_: (jnp.full(table.pages.shape, NO_PAGE), jnp.zeros_like(row)),
+  S, R, was = state.running.size, state.arrival.size, state
+  state, turn = turns.deal(
     state,
-    row,
-    waits,
-    stored,
+    token_budget=token_budget,
+    chunk_size=min(chunk_size or token_budget, token_budget),
+    policy=policy,
+    preemption=preemption,
   )
-  there = jnp.where(runs, table.seq_lens[slot], there)  # tokens in pages held or found
-  computed = jnp.where(waits, jnp.maximum(there, stored), there)  # and in host memory
-  first, place = page_table.first_seen(table, computed), jnp.arange(table.pages_per_slot)
-  returns = computed > there
-  pages = jnp.where(returns[:, None] & (place < first[:, None]), NO_PAGE, pages)
-  there = jnp.where(returns, jnp.maximum(there, first * table.page_size), there)
-  remaining = num_tokens - computed
-
-  # 2. Tokens.
-  decodes = runs & (remaining == 1)
-  wanted = jnp.where((runs | waits) & ~decodes, jnp.minimum(remaining, chunk_size), 0)
-  before = jnp.sum(decodes) + jnp.cumsum(wanted) - wanted
-  take = jnp.where(decodes, 1, jnp.clip(token_budget - before, 0, wanted))
-
-  # 3. Pages. A running request speaks for all its known tokens, so that an admission cannot starve its prefill.
-  def grown(tokens):  # pages to take, to go from those `there` to `computed + tokens`
-    return cdiv(computed + tokens, table.page_size) - cdiv(there, table.page_size) + (copies & (tokens > 0))
-
-  last = table.pages[slot, jnp.maximum(cdiv(there, table.page_size) - 1, 0)]
-  copies = (there % table.page_size > 0) & (waits | (runs & (table.ref_counts[last] > 1)))
-  need = jnp.where(runs, grown(take), 0)
-  revived = (pages >= 0) & (place >= first[:, None]) & (table.ref_counts[pages] == 0)
-  revived = jnp.sum(revived, axis=1)  # free pages that become held
-  spoken_for = jnp.where(runs, grown(remaining), jnp.where(waits, grown(remaining + 1) + revived, 0))
-  if table.window is not None:  # no request ever holds more at once than a window and a chunk fill
-    most = page_table.window_pages(table.window, chunk_size, table.page_size)
-    held = jnp.where(runs, cdiv(computed, table.page_size) - first - copies, 0)
-    spoken_for = jnp.minimum(spoken_for, most - held)
-  shared = jnp.take_along_axis(pages, jnp.maximum(cdiv(there, table.page_size) - 1, 0)[:, None], axis=1)[:, 0]
-  spoken_for += waits & copies & (table.ref_counts[shared] == 1)  # its only holder so far will have to copy it too
-  free = table.num_free
-  blocked = waits & ((take == 0) | (jnp.cumsum(spoken_for) > free))
-  starved = jnp.sum(need) > free
-  admitted = waits & (jnp.cumsum(blocked) == 0) & ~starved
-
-  # 4. Preemption.
-  served, kept = lax.cond(starved, swapping.served, lambda *_: (runs, runs), state, slot, runs, need, free)
-  victims = runs & ~kept
-  hopeless = jnp.where(jnp.any(runs), runs & ~served, waits & ~admitted)
-  doomed = jnp.where(hopeless[0], row[0], NOBODY)
-  take = jnp.where((runs & served) | admitted, take, 0)
-
-  # Back to slot order, and into the table.
-  back = jnp.zeros_like(slot).at[slot].set(jnp.arange(S))
-  row, kept, admitted, victims, take, decodes = (a[back] for a in (row, kept, admitted, victims, take, decodes))
-  pages, there, computed, num_tokens = pages[back], there[back], computed[back], num_tokens[back]
-  rows = jnp.where(kept | admitted, row, NOBODY)
-  state_out, swap_out = swapping.swap_out(state, victims, preemption)
-  state_out = sharing.release(state_out, victims)
-  table = lax.cond(
-    jnp.any(admitted),
-    lambda t: page_table.attach(t, jnp.where(admitted, jnp.arange(S), NOBODY), pages, there),
-    lambda t: t,
-    state_out.table,
-  )
-  state_out = sharing.trim(dataclasses.replace(state_out, table=table))  # of what is found, it holds the last window
-  table, index, spared = state_out.table, state_out.index, None
-  restored = jnp.where(admitted, computed - there, 0)
+  take, computed = turn.take, turn.computed
+  table, index, row, spared = state.table, state.index, state.running, None
+  admitted, victims = (was.running < 0) & (row >= 0), (was.running >= 0) & (row < 0)
+  restored = jnp.where(row >= 0, computed - table.seq_lens, 0)
+  num_tokens = state.requests.num_tokens[row]
 
   # 5. Proposed tokens.
   proposals = jnp.zeros((S, 0), jnp.int32) if proposals is None else proposals
   proposals = jnp.where(jnp.any(restored > 0), NOBODY, proposals)  # their pages are not granted yet
-  guesses = speculation.afforded(state_out, row, decodes, take, proposals, token_budget)
+  decodes = ~admitted & (num_tokens - computed == 1)
+  guesses = speculation.afforded(state, row, decodes, take, proposals, token_budget)
   take += guesses
   if index is not None:
     need = jnp.sum(page_table.need(table, restored + take)[0])
-    index = prefix.evict(index, table, need - page_table.count_true((table.ref_counts == 0) & ~index.cached))
+    index = prefix.evict(index, table, need - turn.vacant)
     spared = index.cached
-  state_out, swap_in = swapping.swap_in(state_out, jnp.where(admitted, row, R), restored, spared)
+  state, swap_in = swapping.swap_in(state, jnp.where(admitted, row, R), restored, spared)
   most = cdiv(token_budget, table.page_size) + 2 * S
-  table, page_copies, granted = page_table.extend(state_out.table, take, max_pages=most, spared=spared)
+  table, page_copies, granted = page_table.extend(state.table, take, max_pages=most, spared=spared)
   take = jnp.where(granted, take, 0)
-
-  state_out = dataclasses.replace(
-    state_out,
-    table=table,
-    index=index,
-    running=rows,
-    preemptions=state.preemptions.at[jnp.where(victims, row, R)].add(1, mode="drop"),
-  )
-  return state_out, StepPlan(
-    rows=rows,
-    starts=jnp.where(rows >= 0, computed, 0),
+  return dataclasses.replace(state, table=table, index=index), StepPlan(
+    rows=row,
+    starts=jnp.where(row >= 0, computed, 0),
     scheduled=take,
     samples=(take > 0) & (computed + take - guesses == num_tokens),
     proposed=proposals,
@@ -279,12 +200,12 @@ def plan(
     cached=jnp.where(admitted, computed, 0),
     admitted=admitted,
     filled=sharing.filled(computed, computed + take, table.page_size, token_budget // table.page_size + S),
-    swap_out=swap_out,
+    swap_out=turn.swap_out,
     swap_in=swap_in,
     copies=page_copies,
-    preempted=jnp.where(victims, state.arrival[row], NOBODY),
-    lost=jnp.where(victims & (swapping.moved(swap_out, row) == 0), computed, 0),
-    doomed=doomed,
+    preempted=jnp.where(victims, was.arrival[was.running], NOBODY),
+    lost=jnp.where(victims & (swapping.moved(turn.swap_out, row) == 0), was.table.seq_lens, 0),
+    doomed=turn.doomed,
   )
 
 
@@ -315,7 +236,9 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   finish = jnp.where(plan.samples, jnp.take_along_axis(finish, final[:, None], axis=1)[:, 0], LIVE)
   doomed = jnp.where(plan.doomed >= 0, plan.doomed, R)  # R: no row
   done = (finish != LIVE) | (row == doomed)
-  free = table.ref_counts == 0
+  holders = table.ref_counts
+  found = jnp.zeros_like(holders) if state.index is None else (holders == 0) & state.index.cached
+  held, shared, saved, cached = page_table.totals(holders > 0, holders > 1, jnp.maximum(holders - 1, 0), found)
 
   def ids(where):
     return jnp.where(where, state.arrival[row], NOBODY)
@@ -327,7 +250,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     logprobs=logprobs,
     proposed=plan.num_proposed,
     finish=finish,
-    ended=jnp.where(plan.doomed >= 0, state.arrival[plan.doomed], NOBODY),
+    ended=jnp.max(jnp.where(jnp.arange(R) == doomed, state.arrival, NOBODY)),
     admitted=ids(plan.admitted),
     cached=plan.cached,
     preempted=plan.preempted,
@@ -336,11 +259,11 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     swapped_in=swapping.moved(plan.swap_in, row),
     num_scheduled=jnp.sum(plan.scheduled, dtype=jnp.int32),
     running=ids(row >= 0),
-    num_waiting=jnp.sum(state.waiting, dtype=jnp.int32),
-    pages_held=table.num_pages - page_table.count_true(free),
-    pages_shared=page_table.count_true(table.ref_counts > 1),
-    pages_saved=jnp.sum(jnp.maximum(table.ref_counts - 1, 0), dtype=jnp.int32),
-    pages_cached=jnp.int32(0) if state.index is None else page_table.count_true(free & state.index.cached),
+    num_waiting=state.num_waiting,
+    pages_held=held,
+    pages_shared=shared,
+    pages_saved=saved,
+    pages_cached=cached,
     tokens_held=jnp.sum(table.seq_lens, dtype=jnp.int32),
   )
   kept = requests.tokens
@@ -349,8 +272,8 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     kept = kept.at[at, last[:, None] + k].set(tokens, mode="drop")
   num_tokens = requests.num_tokens.at[jnp.where(plan.samples, row, R)].add(counts, mode="drop")
   if k.size > 1:
-    held = table.seq_lens - jnp.where(plan.samples, plan.num_proposed + 1 - counts, 0)
-    table = lax.cond(jnp.any(plan.num_proposed > 0), page_table.truncate, lambda same, _: same, table, held)
+    lens = table.seq_lens - jnp.where(plan.samples, plan.num_proposed + 1 - counts, 0)
+    table = lax.cond(jnp.any(plan.num_proposed > 0), page_table.truncate, lambda same, _: same, table, lens)
   requests = dataclasses.replace(requests, tokens=kept, num_tokens=num_tokens)
   state = dataclasses.replace(state, table=table, requests=requests)
   if state.index is not None:
@@ -358,7 +281,9 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
   state = sharing.trim(sharing.release(state, done))
   state = dataclasses.replace(
     state,
-    finish=state.finish.at[jnp.where(done, row, R)].set(finish, mode="drop").at[doomed].set(LENGTH, mode="drop"),
+    finish=state.finish.at[jnp.append(jnp.where(finish != LIVE, row, R), doomed)].set(
+      jnp.append(finish, LENGTH), mode="drop"
+    ),
     running=jnp.where(done, NOBODY, row),
   )
   return swapping.forget(state, ~state.live), events

@@ -87,6 +87,11 @@ class State:
     at = jnp.where(self.running >= 0, self.running, self.arrival.size)
     return self.live.at[at].set(False, mode="drop")
 
+  @property
+  def num_waiting(self) -> jax.Array:  # i32[]
+    """Requests that are live beyond those that run: who runs is live."""
+    return jnp.sum(self.live, dtype=jnp.int32) - jnp.sum(self.running >= 0, dtype=jnp.int32)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,13 @@ def stored(state: State) -> jax.Array:
   return jnp.zeros_like(state.arrival) if state.host is None else state.host.seq_lens
 
 
+def nothing(state: State) -> PageCopies | None:
+  """No copies at all, [S, P]; None where there is no host memory."""
+  if state.host is None:
+    return None
+  return PageCopies(src=jnp.full(state.table.pages.shape, NO_PAGE), dst=jnp.full(state.table.pages.shape, NO_PAGE))
+
+
 def swap_out(state: State, victims: jax.Array, preemption: Preemption) -> tuple[State, PageCopies | None]:
   """Grants host pages to those victims (bool[S]) that are to be swapped, as far as there are any.
 
@@ -95,13 +102,12 @@ def swap_out(state: State, victims: jax.Array, preemption: Preemption) -> tuple[
   """
   if state.host is None:
     return state, None
-  nothing = jnp.full(state.table.pages.shape, NO_PAGE)
-  host, src, dst = lax.cond(
+  host, copies = lax.cond(
     jnp.any(victims),
     lambda: _out(state, victims, preemption),
-    lambda: (state.host, nothing, nothing),
+    lambda: (state.host, nothing(state)),
   )
-  return dataclasses.replace(state, host=host), PageCopies(src=src, dst=dst)
+  return dataclasses.replace(state, host=host), copies
 
 
 def _out(state: State, victims: jax.Array, preemption: Preemption):
@@ -117,7 +123,7 @@ def _out(state: State, victims: jax.Array, preemption: Preemption):
   new = dataclasses.replace(new, seq_lens=jnp.where(granted, new.seq_lens, host.seq_lens))
   row = jnp.where(granted.at[row].get(mode="fill", fill_value=False), row, R)
   dst = new.pages.at[row].get(mode="fill", fill_value=NO_PAGE)
-  return new, jnp.where(dst >= 0, table.pages, NO_PAGE), dst
+  return new, PageCopies(src=jnp.where(dst >= 0, table.pages, NO_PAGE), dst=dst)
 
 
 def swap_in(
@@ -144,12 +150,11 @@ def swap_in(
     place = jnp.arange(table.pages_per_slot)
     new = (place >= before.held[:, None]) & (place < table.held[:, None])
     src = jnp.where(new, host.pages.at[rows].get(mode="fill", fill_value=NO_PAGE), NO_PAGE)
-    return table, src, jnp.where(new, table.pages, NO_PAGE)
+    return table, PageCopies(src=src, dst=jnp.where(new, table.pages, NO_PAGE))
 
-  nothing = jnp.full(before.pages.shape, NO_PAGE)
-  table, src, dst = lax.cond(jnp.any(num_tokens > 0), bring, lambda: (before, nothing, nothing))
+  table, copies = lax.cond(jnp.any(num_tokens > 0), bring, lambda: (before, nothing(state)))
   back = jnp.zeros(state.arrival.size, bool).at[rows].set(True, mode="drop")
-  return forget(dataclasses.replace(state, table=table), back), PageCopies(src=src, dst=dst)
+  return forget(dataclasses.replace(state, table=table), back), copies
 
 
 def forget(state: State, done: jax.Array) -> State:

@@ -165,21 +165,19 @@ def extend(
   fits = (num_tokens >= 0) & (table.seq_lens + num_tokens <= P * table.page_size)
   wanted = jnp.where(fits, wanted, 0)
   free = table.ref_counts == 0 if spared is None else (table.ref_counts == 0) & ~spared
-  granted = fits & ((wanted == 0) | (jnp.cumsum(wanted) <= jnp.minimum(count_true(free), M)))
-  wanted = jnp.where(granted, wanted, 0)
+  end = jnp.cumsum(wanted)  # i32[S]
+  granted = fits & ((wanted == 0) | (end <= jnp.minimum(count_true(free), M)))
   copies &= granted
 
   # The k-th page wanted is the k-th free page.
-  end = jnp.cumsum(wanted)  # i32[S]
   k = jnp.arange(M)
-  slot = count_upto(end, k)  # i32[M]  who gets the k-th page; S when nobody
+  slot = count_upto(end, k)  # i32[M]  who wants the k-th page; S when nobody
   position = (table.held - copies - end + wanted)[slot] + k  # i32[M]
-  page = jnp.where(slot < S, _first(free, M), table.num_pages)
-  pages = table.pages.at[slot, position].set(page, mode="drop")
+  page = jnp.where((slot < S) & granted[slot], _first(free, M), table.num_pages)
+  pages = table.pages.at[jnp.where(page < table.num_pages, slot, S), position].set(page, mode="drop")
 
   old_last = _last_page(table)
-  ref_counts = table.ref_counts.at[page].set(1, mode="drop")
-  ref_counts = ref_counts.at[_masked(old_last, copies, table)].add(-1, mode="drop")
+  ref_counts = recounted(table, gained=page, lost=_masked(old_last, copies, table))
   new_last = pages[jnp.arange(S), jnp.maximum(table.held - 1, 0)]
   new_table = dataclasses.replace(
     table, pages=pages, seq_lens=table.seq_lens + jnp.where(granted, num_tokens, 0), ref_counts=ref_counts
@@ -230,8 +228,7 @@ def attach(table: PageTable, child: jax.Array, pages: jax.Array, num_tokens: jax
   shared = jnp.arange(table.pages_per_slot) < cdiv(lens, table.page_size)[:, None]  # bool[F, P]
   rows = jnp.where(shared, pages, NO_PAGE)
   used = (child >= 0)[:, None]
-  ref_counts = table.ref_counts.at[_masked(table.pages[child], used, table)].add(-1, mode="drop")
-  ref_counts = ref_counts.at[_masked(rows, used, table)].add(1, mode="drop")
+  ref_counts = recounted(table, gained=_masked(rows, used, table), lost=_masked(table.pages[child], used, table))
   child = jnp.where(child >= 0, child, table.num_slots)
   return dataclasses.replace(
     table,
@@ -283,6 +280,12 @@ def unseen(table: PageTable) -> jax.Array:
   return (jnp.arange(table.pages_per_slot) < first_seen(table, table.seq_lens)[:, None]) & (table.pages >= 0)
 
 
+def recounted(table: PageTable, *, gained: jax.Array, lost: jax.Array) -> jax.Array:
+  """Ref counts (i32[N]) with a holder more of each page `gained` and one less of each `lost`; N stands for no page."""
+  change = np.repeat(np.array([1, -1], np.int32), [gained.size, lost.size])
+  return table.ref_counts.at[jnp.concatenate([gained.ravel(), lost.ravel()])].add(change, mode="drop")
+
+
 def check(table: PageTable) -> None:
   """Recomputes every redundant fact of a concrete table; for tests and `Engine(debug=True)`.
 
@@ -326,6 +329,17 @@ def packed(mask: jax.Array) -> jax.Array:
 def count_true(mask: jax.Array) -> jax.Array:
   """How many of the last axis (bool[..., n]) are true, i32[...]: through bits, for a sum is slow on a CPU."""
   return jnp.sum(lax.population_count(packed(mask)).astype(jnp.int32), axis=-1)
+
+
+def totals(*values: jax.Array) -> list[jax.Array]:
+  """The sums of several arrays (bool[n] or i32[n]), i32[] each: by rows of 32, then all in one reduction.
+
+  Example:
+    >>> [int(total) for total in totals(jnp.array([True, False, True]), jnp.array([5, 6, 7]))]
+    [2, 18]
+  """
+  rows = [jnp.sum(jnp.pad(v, (0, -v.size % 32)).reshape(-1, 32), axis=1, dtype=jnp.int32) for v in values]
+  return lax.reduce(rows, [jnp.int32(0)] * len(rows), lambda a, b: jax.tree.map(jnp.add, a, b), (0,))
 
 
 def count_upto(ends: jax.Array, k: jax.Array) -> jax.Array:

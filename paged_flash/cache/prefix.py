@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paged_flash.cache.page_table import NO_PAGE, PageTable, count_true
+from paged_flash.cache.page_table import NO_PAGE, PageTable, count_true, recounted
 
 ABSENT = -1  # as `before`: the page is not in the index
 _WAYS = 16  # pages that one bucket can name, where two fall to it at most on average: overflow is a curiosity
@@ -110,39 +110,39 @@ def add(
     table: with one page for each identity; second copies are free.
   """
   N, F = table.num_pages, slot.size
-  nothing = (jnp.zeros(F, jnp.bool), jnp.full(F, ABSENT), jnp.zeros((F, 2), jnp.uint32))
-  nothing += (jnp.zeros(F, jnp.int32), jnp.zeros(F, jnp.int32), jnp.full(F, NO_PAGE))
 
   def first(n):  # the first n pages: most steps fill few
     if not n:
-      return nothing
+      return jnp.full((6, F), NO_PAGE)
     part = _identities(index, table, slot[:n], depth[:n], contents[:n], tenant[:n])
-    return jax.tree.map(lambda whole, values: whole.at[:n].set(values), nothing, part)
+    return jnp.pad(part, ((0, 0), (0, F - n)), constant_values=NO_PAGE)
 
-  # Only small arrays go through the conditional: XLA copies what does.
+  # One small array goes through the conditional: XLA copies what does, and a GPU writes each array by another kernel.
   sizes = sorted({0, min(_FEW, F), F})
   which = sum((slot[n] < table.num_slots).astype(jnp.int32) for n in sizes[:-1])
-  is_new, before, keys, bucket, way, canon = lax.switch(which, [functools.partial(first, n) for n in sizes])
+  new, place, before, *keys, canon = lax.switch(which, [functools.partial(first, n) for n in sizes])
   page = table.pages[jnp.minimum(slot, table.num_slots - 1), depth]
-  at = jnp.where(is_new, page, N)
+  at = jnp.where(new >= 0, new, N)
   index = dataclasses.replace(
     index,
     contents=index.contents.at[at].set(contents, mode="drop"),
     before=index.before.at[at].set(before, mode="drop"),
-    keys=index.keys.at[at].set(keys, mode="drop"),
-    buckets=index.buckets.at[jnp.where(is_new, bucket, len(index.buckets)), way].set(page, mode="drop"),
+    keys=index.keys.at[at].set(jnp.stack(keys, axis=1).astype(jnp.uint32), mode="drop"),
+    buckets=index.buckets.at[jnp.where(new >= 0, place // _WAYS, len(index.buckets)), place % _WAYS].set(
+      new, mode="drop"
+    ),
   )
-  moves = (canon >= 0) & (canon != page)
-  ref_counts = table.ref_counts.at[jnp.where(moves, page, N)].add(-1, mode="drop")
-  ref_counts = ref_counts.at[jnp.where(moves, canon, N)].add(1, mode="drop")
+  moves = canon >= 0
+  ref_counts = recounted(table, gained=jnp.where(moves, canon, N), lost=jnp.where(moves, page, N))
   pages = table.pages.at[jnp.where(moves, slot, table.num_slots), depth].set(canon, mode="drop")
   return index, dataclasses.replace(table, pages=pages, ref_counts=ref_counts)
 
 
 def _identities(
   index: PrefixIndex, table: PageTable, slot: jax.Array, depth: jax.Array, contents: jax.Array, tenant: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Of filled pages (see `add`): whether each identity is new, what it hangs on, its hash, bucket and way, and page."""
+) -> jax.Array:
+  """i32[6, F], of filled pages (see `add`): the page if its identity is new, place in the buckets, page before it, hash
+  (2), and the other page that has its identity already; NO_PAGE for none."""
   F = slot.size
   k = jnp.arange(F)
   at = jnp.minimum(slot, table.num_slots - 1)
@@ -176,7 +176,9 @@ def _identities(
     (before[leader] == before) & jnp.all(contents[leader] == contents, axis=1) & fits[leader],
   )
   ok = there & ~jnp.any(there & ~same)
-  return ok & is_new, before, keys, bucket, jnp.argmax(place, axis=1).astype(jnp.int32), jnp.where(ok, canon, NO_PAGE)
+  new = jnp.where(ok & is_new, page, NO_PAGE)
+  at = bucket * _WAYS + jnp.argmax(place, axis=1).astype(jnp.int32)
+  return jnp.stack([new, at, before, *keys.T.astype(jnp.int32), jnp.where(ok & (canon != page), canon, NO_PAGE)])
 
 
 def released(freed: jax.Array, before: PageTable, after: PageTable) -> jax.Array:
@@ -297,8 +299,7 @@ def _find(index: PrefixIndex, keys: jax.Array) -> jax.Array:
   """A page with this hash (u32[..., 2]), NO_PAGE where the index has none."""
   names = index.buckets[_bucket(index, keys)]  # i32[..., W]
   fits = (names >= 0) & index.cached[names] & jnp.all(index.keys[names] == keys[..., None, :], axis=-1)
-  name = jnp.take_along_axis(names, jnp.argmax(fits, axis=-1)[..., None], axis=-1)[..., 0]
-  return jnp.where(jnp.any(fits, axis=-1), name, NO_PAGE)
+  return jnp.max(jnp.where(fits, names, NO_PAGE), axis=-1)
 
 
 _jitted_find = jax.jit(_find)

@@ -6,12 +6,14 @@ import json
 import pathlib
 import stat
 import sys
+from typing import Any
 
 import pytest
 
 from experiments import attention_traffic
 from experiments.attention_cases import Case
 from experiments.attention_traffic import Config, by_call, parse, unit_bytes, with_measured
+from experiments.claims import Claim
 from experiments.peers import attention_once
 from paged_flash.analysis import show_attention_traffic
 from paged_flash.experiment import Workdir
@@ -142,6 +144,24 @@ def test_what_ncu_measures_stands_beside_what_is_counted(monkeypatch, tmp_path: 
   assert "1.431 MiB" in capsys.readouterr().out
   lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
   assert [line["measured_hbm_bytes"] for line in lines] == [1_500_500, 8e6]
+
+
+@pytest.mark.parametrize(
+  "ratios, plain, verdict",
+  [((0.95, 1.09), 20.0, "reproduced"), ((0.95, 1.2), 20.0, "in part"), ((1.0, 1.0), 2.0, "not reproduced")],
+)
+def test_a_claim_is_judged_by_what_was_measured(ratios, plain, verdict):
+  rows: list[dict[str, Any]] = [
+    dict(case=str(i), peer="ours", hbm_ratio=ratio, measured_hbm_bytes=100 * ratio) for i, ratio in enumerate(ratios)
+  ]
+  rows += [dict(case="0", peer="naive", hbm_ratio=1.0, measured_hbm_bytes=100 * ratios[0] * plain)]
+  rows += [dict(case="1", peer="naive", hbm_ratio=None, measured_hbm_bytes=None)]  # its scores did not fit
+  claim = Claim(number="1b", claim="", source="", theirs="")
+  found = attention_traffic.judged(claim, rows)
+  assert found["verdict"] == verdict
+  assert f"in {sum(x < 1.1 for x in ratios)} of 2 cases ({ratios[0]:.2f} to" in found["ours"]
+  assert f"moves {plain:.0f} to {plain:.0f} times as much" in found["ours"]
+  assert attention_traffic.judged(claim, [])["verdict"] == "in part"
 
 
 def test_what_ncu_refuses_is_said(monkeypatch, tmp_path: pathlib.Path):
