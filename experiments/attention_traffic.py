@@ -46,6 +46,8 @@ METRICS = {
   "sm_read": "l1tex__m_xbar2l1tex_read_bytes.sum",  # arriving at multiprocessors, once for each block of a cluster
 }
 SECTOR = 32  # bytes
+CLOSE = 0.1  # relative difference of measured from counted bytes that counts as agreement
+FAR = 4  # times as many bytes: what plain attention moves must be more than that
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -254,20 +256,22 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
 
 
 def judged(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """Counters against counted bytes of ours, in how many cases within 10 %; and how much more plain attention moves."""
+  """Counters against counted bytes of ours, in how many cases they agree; and how much more plain attention moves."""
   measured = {(row["case"], row["peer"]): row for row in rows if row["measured_hbm_bytes"]}
   ours = {case: row for (case, peer), row in measured.items() if peer == "ours"}
   plain = {case: row for (case, peer), row in measured.items() if peer == "naive" and case in ours}
   if not ours:
     return claim.judged("not measured", None)
   ratios = sorted(row["hbm_ratio"] for row in ours.values())
-  close = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
-  text = [f"counters within 10 % of the counted HBM bytes in {close} of {len(ratios)} cases ({ratios[0]:.2f} to "]
-  text[0] += f"{ratios[-1]:.2f})"
+  close = sum(abs(ratio - 1) <= CLOSE for ratio in ratios)
+  text = f"counters within {CLOSE:.0%} of the counted HBM bytes in {close} of {len(ratios)} cases"
+  text += f" ({ratios[0]:.2f} to {ratios[-1]:.2f})"
   more = sorted(row["measured_hbm_bytes"] / ours[case]["measured_hbm_bytes"] for case, row in plain.items())
-  text += [f"plain attention moves {more[0]:.0f} to {more[-1]:.0f} times as much"] if more else []
-  far = bool(more) and more[0] > 4
-  return claim.judged("; ".join(text), True if far and close == len(ratios) else None if far else False)
+  if more:
+    text += f"; plain attention moves {more[0]:.0f} to {more[-1]:.0f} times as much"
+  if not more or more[0] <= FAR:
+    return claim.judged(text, False)
+  return claim.judged(text, True if close == len(ratios) else None)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -250,7 +250,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     logprobs=logprobs,
     proposed=plan.num_proposed,
     finish=finish,
-    ended=jnp.max(jnp.where(jnp.arange(R) == doomed, state.arrival, NOBODY)),
+    ended=jnp.max(jnp.where(jnp.arange(R) == doomed, state.arrival, NOBODY)),  # looking one up is a GPU kernel more
     admitted=ids(plan.admitted),
     cached=plan.cached,
     preempted=plan.preempted,
@@ -280,7 +280,7 @@ def commit(state: State, plan: StepPlan, tokens: jax.Array, logprobs: jax.Array)
     state = sharing.indexed(state, plan)
   state = sharing.trim(sharing.release(state, done))
   state = dataclasses.replace(
-    state,
+    state,  # who is doomed computed nothing: its row comes once
     finish=state.finish.at[jnp.append(jnp.where(finish != LIVE, row, R), doomed)].set(
       jnp.append(finish, LENGTH), mode="drop"
     ),

@@ -159,7 +159,10 @@ def test_a_claim_is_judged_by_what_was_measured(ratios, plain, verdict):
   claim = Claim(number="1b", claim="", source="", theirs="")
   found = attention_traffic.judged(claim, rows)
   assert found["verdict"] == verdict
-  assert f"in {sum(x < 1.1 for x in ratios)} of 2 cases ({ratios[0]:.2f} to" in found["ours"]
+  assert (
+    f"within 10% of the counted HBM bytes in {sum(x < 1.1 for x in ratios)} of 2 cases ({ratios[0]:.2f} to"
+    in found["ours"]
+  )
   assert f"moves {plain:.0f} to {plain:.0f} times as much" in found["ours"]
   assert attention_traffic.judged(claim, [])["verdict"] == "in part"
 
