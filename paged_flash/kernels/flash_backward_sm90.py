@@ -29,8 +29,8 @@ together. Without a mask, tiles of a head that run together start at evenly spre
 
 No deadlock: an item (one KV tile of one kv head) waits only for earlier ones or, where spread, for those of its
 section, which all run at the same time; blocks compute their items in order, and start in the order of their first
-ones. There are never more persistent blocks than multiprocessors. With static lengths blocks stay on theirs and work on
-a list of items (`_schedule`): the next keys are on their way while dK and dV leave.
+ones. There are never more blocks than multiprocessors: they stay on theirs, and the next keys are on their way while dK
+and dV leave. With static lengths they work on a list of items (`_schedule`), otherwise they claim them (`items_sm90`).
 """
 
 import dataclasses
@@ -44,8 +44,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import mosaic
+from paged_flash.kernels import items_sm90, mosaic
 from paged_flash.kernels.flash_forward_sm90 import Positions
+from paged_flash.kernels.items_sm90 import Claims, Listed
 from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashGradients, FlashOperands, FlashProblem, spans
 
@@ -138,7 +139,7 @@ def _plan(
   block_kv: int,
   num_blocks: int,
 ) -> tuple[_Walk, np.ndarray | None]:
-  """The walk, and `_schedule` for at most `num_blocks` blocks; None where every item is a block."""
+  """The walk, and `_schedule` for at most `num_blocks` blocks; None where items are claimed."""
   p = problem
   query_tiles, kv_tiles, heads = cdiv(p.query_len, ROWS), cdiv(p.kv_len, block_kv), p.batch * p.num_kv_heads
   items = heads * kv_tiles
@@ -204,23 +205,25 @@ def backward(
   swizzle = min(128, D)  # bytes, of K and dS^T: a warpgroup multiplies by half of K's columns
   ahead = D == 64  # S^T of the next step is computed behind dQ: registers suffice
   walk, schedule = _plan(p, block_kv, num_blocks)
+  items = walk.heads * kv_tiles
+  workers = min(num_blocks, items) if schedule is None else len(schedule)
 
   def kernel(
-    table, q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, query_lens, kv_lens, query_ids, kv_ids, visits, turns,
-    dq_gmem, dk_gmem, dv_gmem, *scratch,
+    table, q_gmem, k_gmem, v_gmem, do_gmem, edges, lse_gmem, delta_gmem, query_lens, kv_lens, query_ids, kv_ids, visits,
+    counter, turns, dq_gmem, dk_gmem, dv_gmem, *scratch,
   ):  # fmt: skip
-    q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, leaving, *barriers = scratch
+    q_smem, k_smem, v_smem, do_smem, row_smem, ds_smem, leaving, claiming, *barriers = scratch
     if is_wide:
       *dq_parts, dk_smem, dv_smem = leaving
     else:
       dq_smem, (dk_smem, dv_smem) = leaving
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, met, p_full = barriers
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-    count = 1 if table is None else table[block, 0]
-
-    def item(step):
-      """The block's n-th item."""
-      return walk.item(block if table is None else table[block, 1 + step], visits)
+    item = lambda index: walk.item(index, visits)  # noqa: E731
+    if table is not None:
+      mine = Listed(count=table[block, 0], at=lambda step: table[block, 1 + step])
+    else:
+      mine = Claims(counter, claiming, jnp.int32(items), block, workers, interpret=is_interpreted)
 
     slot = lambda n: lax.rem(n, jnp.int32(stages))  # noqa: E731
     do_slot = lambda n: lax.rem(n, jnp.int32(do_stages))  # noqa: E731
@@ -234,6 +237,29 @@ def backward(
         plgpu.barrier_wait(met)
       else:
         mosaic.meet(NUM_WGS)
+
+    def over_items(one_item, write_zeros):
+      """one_item(work, steps before) for every item, or `write_zeros(work)` for keys that meet no queries."""
+
+      def one(n, index, done):
+        del n
+        work = item(index)
+        if p.has_kv_lens:
+          pl.when(work.steps > 0)(lambda: one_item(work, done))
+          pl.when(work.steps == 0)(lambda: write_zeros(work))
+        else:
+          one_item(work, done)
+        return done + work.steps
+
+      mine.over(one, jnp.int32(0))
+      plgpu.wait_smem_to_gmem(0)
+
+    def put_zeros(tile, gmem, work, first_key):
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      tile[...] = mosaic.full(tile.shape, 0.0).astype(dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(tile, gmem.at[work.batch, pl.ds(first_key, ROWS), work.kv_head])
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def masked_scores(s, work, tile, key):
       """S^T of the tile and 64 keys from `key`, -inf where a query does not see a key; the soft cap's derivative."""
@@ -249,21 +275,21 @@ def backward(
         low = 0 if positions.right is None else keys - positions.offset - positions.right - first_query
         low = jnp.where(keys < positions.kv_len, low, ROWS)
         high = None if positions.left is None else keys - positions.offset + positions.left + 1 - first_query
-        return mosaic.keep(s, low, high, interpret=is_interpreted)
+        kept = mosaic.keep(s, low, high, interpret=is_interpreted)
+        if p.has_segments:
+          ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, ROWS)], layout=COLUMN, optimized=False)
+          own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
+          kept = jnp.where(across(own, s) == down(ids, s), kept, -jnp.inf)
+        return kept
 
-      if not p.has_segments:
-        return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
-      ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, ROWS)], layout=COLUMN, optimized=False)
-      own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
-      s = cut()
-      return jnp.where(across(own, s) == down(ids, s), s, -jnp.inf), slope
+      return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
 
     def probabilities(s, at):
-      row_lse = plgpu.load(lse_smem.at[at], layout=COLUMN, optimized=False)
+      row_lse = plgpu.load(row_smem.at[at], layout=COLUMN, optimized=False)
       return mosaic.exp2(s * factor - down(row_lse, s), interpret=is_interpreted)
 
     def minus_delta(dp, at):
-      return dp - down(plgpu.load(delta_smem.at[at], layout=COLUMN, optimized=False), dp)
+      return dp - down(plgpu.load(row_smem.at[stages + at], layout=COLUMN, optimized=False), dp)
 
     def compute_role(role):
       """One of two warpgroups that share 64 keys, for head_dim above 128.
@@ -334,8 +360,7 @@ def backward(
 
         return pl.run_state(products)(mosaic.ACC.init(acc))
 
-      def one_item(step, done):
-        work = item(step)
+      def one_item(work, done):
         plgpu.barrier_wait(kv_full)
         # dV or dK of the item before has left the buffer of dQ: said to the other by the first `everybody`.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -352,10 +377,15 @@ def backward(
         if role == 0:
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           everybody()
-        return done + work.steps
 
-      lax.fori_loop(0, count, one_item, jnp.int32(0))
-      plgpu.wait_smem_to_gmem(0)
+      def write_zeros(work):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        everybody()  # dK of the item before has left
+        if role == 0:
+          put_zeros(dv_smem, dv_gmem, work, work.kv_tile * block_kv)
+          put_zeros(dk_smem, dk_gmem, work, work.kv_tile * block_kv)
+
+      over_items(one_item, write_zeros)
 
     def compute_rows():
       """One of two warpgroups with 64 keys each, for head_dim up to 128.
@@ -365,13 +395,15 @@ def backward(
       """
       plgpu.set_max_registers(240, action="increase")
 
-      def one_item(step, done):
-        work = item(step)
-        first_key = work.kv_tile * block_kv + warpgroup * ROWS
+      def rows():
+        """This warpgroup's keys."""
+        return pl.ds(mosaic.anew(warpgroup, interpret=is_interpreted) * ROWS, ROWS)
 
-        def rows():
-          """This warpgroup's keys."""
-          return pl.ds(mosaic.anew(warpgroup, interpret=is_interpreted) * ROWS, ROWS)
+      def first_key_of(work):
+        return work.kv_tile * block_kv + warpgroup * ROWS
+
+      def one_item(work, done):
+        first_key = first_key_of(work)
 
         def columns():
           """What this warpgroup computes of dQ."""
@@ -488,10 +520,12 @@ def backward(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(dk_tile, dk_gmem.at[work.batch, pl.ds(first_key, ROWS), work.kv_head])
         plgpu.copy_smem_to_gmem(dv_tile, dv_gmem.at[work.batch, pl.ds(first_key, ROWS), work.kv_head])
-        return done + work.steps
 
-      lax.fori_loop(0, count, one_item, jnp.int32(0))
-      plgpu.wait_smem_to_gmem(0)
+      def write_zeros(work):
+        for tile, gmem in ((dk_smem, dk_gmem), (dv_smem, dv_gmem)):
+          put_zeros(tile.at[rows()], gmem, work, first_key_of(work))
+
+      over_items(one_item, write_zeros)
 
     if is_wide:
       for role in range(NUM_WGS):
@@ -503,79 +537,114 @@ def backward(
     def transfer():
       plgpu.set_max_registers(24, action="decrease")
 
-      def fetch():
-        def one_item(step, done):
-          work = item(step)
-          own = pl.ds(work.kv_tile * block_kv, block_kv)
-          pl.when(step > 0)(lambda: plgpu.barrier_wait(kv_empty))
-          plgpu.copy_gmem_to_smem(k_gmem.at[work.batch, own, work.kv_head], k_smem, kv_full)
-          plgpu.copy_gmem_to_smem(v_gmem.at[work.batch, own, work.kv_head], v_smem, kv_full)
+      def fetch_tile(gmem, edge, end, batch, tile, head, smem, full):
+        """A tile of rows; from `edge` where some lie at or past the end of their sequence."""
+        rows = smem.shape[0]
 
-          @pl.loop(0, work.steps)
-          def _(n):
-            head, tile = walk.head_and_tile(work, n)
-            queries, at = pl.ds(tile * ROWS, ROWS), slot(done + n)
-            pl.when(done + n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[at]))
-            plgpu.copy_gmem_to_smem(q_gmem.at[work.batch, queries, head], q_smem.at[at], q_full.at[at])
-            plgpu.copy_gmem_to_smem(lse_gmem.at[work.batch, head, queries], lse_smem.at[at], q_full.at[at])
-            at = do_slot(done + n)
-            pl.when(done + n >= do_stages)(lambda: plgpu.barrier_wait(do_empty.at[at]))
-            plgpu.copy_gmem_to_smem(do_gmem.at[work.batch, queries, head], do_smem.at[at], do_full.at[at])
-            plgpu.copy_gmem_to_smem(delta_gmem.at[work.batch, head, queries], delta_smem.at[at], do_full.at[at])
+        def copy(source):
+          plgpu.copy_gmem_to_smem(source, smem, full)
 
-          return done + work.steps
+        inside = gmem.at[batch, pl.ds(tile * rows, rows), head]
+        if edge is None:
+          copy(inside)
+        else:
+          pl.when((tile + 1) * rows <= end)(lambda: copy(inside))
+          pl.when((tile + 1) * rows > end)(lambda: copy(edge.at[batch, :, head]))
 
-        done = lax.fori_loop(0, count, one_item, jnp.int32(0))
-        plgpu.barrier_wait(kv_empty)
+      def fetch(work, done):
+        query_end, kv_end = (0 if lens is None else lens[work.batch] for lens in (query_lens, kv_lens))
 
-        # The interpreter wants every completion of a barrier observed.
-        pl.loop(jnp.maximum(done - stages, 0), done)(lambda n: plgpu.barrier_wait(q_empty.at[slot(n)]))
-        pl.loop(jnp.maximum(done - do_stages, 0), done)(lambda n: plgpu.barrier_wait(do_empty.at[do_slot(n)]))
+        @pl.when(work.steps > 0)
+        def keys():
+          pl.when(done > 0)(lambda: plgpu.barrier_wait(kv_empty))
+          fetch_tile(k_gmem, edges.key, kv_end, work.batch, work.kv_tile, work.kv_head, k_smem, kv_full)
+          fetch_tile(v_gmem, edges.value, kv_end, work.batch, work.kv_tile, work.kv_head, v_smem, kv_full)
 
-      def add(buffer):
+        @pl.loop(0, work.steps)
+        def _(n):
+          head, tile = walk.head_and_tile(work, n)
+          queries, at = pl.ds(tile * ROWS, ROWS), slot(done + n)
+          pl.when(done + n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[at]))
+          fetch_tile(q_gmem, edges.query, query_end, work.batch, tile, head, q_smem.at[at], q_full.at[at])
+          plgpu.copy_gmem_to_smem(lse_gmem.at[work.batch, head, queries], row_smem.at[at], q_full.at[at])
+          at = do_slot(done + n)
+          pl.when(done + n >= do_stages)(lambda: plgpu.barrier_wait(do_empty.at[at]))
+          fetch_tile(do_gmem, edges.d_out, query_end, work.batch, tile, head, do_smem.at[at], do_full.at[at])
+          plgpu.copy_gmem_to_smem(delta_gmem.at[work.batch, head, queries], row_smem.at[stages + at], do_full.at[at])
+
+      def add(work, buffer):
         """Adds every second tile of dQ, or one part of each."""
         part = buffer if is_wide else 0
         columns = pl.ds(*parts[part])
 
-        @pl.loop(0, count)
-        def _(step):
-          work = item(step)
-
-          @pl.loop(0, work.steps if is_wide else lax.div(work.steps - buffer + 1, jnp.int32(2)))
-          def _(i):
-            head, tile = walk.head_and_tile(work, i if is_wide else 2 * i + buffer)
-            queries = pl.ds(tile * ROWS, ROWS)
-            source = dq_parts[part] if is_wide else dq_smem.at[buffer]
-            if is_interpreted:  # it has no additions and no counters: one array for each KV tile
-              plgpu.barrier_wait(dq_full.at[buffer])
-              plgpu.copy_smem_to_gmem(source, dq_gmem.at[work.kv_tile, work.batch, head, queries, columns])
-              plgpu.wait_smem_to_gmem(0)
-              plgpu.barrier_arrive(dq_empty.at[buffer])
-              return
-            turn, target = (
-              turns.at[part, work.batch, head, pl.ds(tile, 1)],
-              dq_gmem.at[work.batch, head, queries, columns],
-            )
-            rank, follows, leads = walk.turn(work, tile)
-            pl.when(follows)(lambda: mosaic.wait_for(turn, rank))
+        @pl.loop(0, work.steps if is_wide else lax.div(work.steps - buffer + 1, jnp.int32(2)))
+        def _(i):
+          head, tile = walk.head_and_tile(work, i if is_wide else 2 * i + buffer)
+          queries = pl.ds(tile * ROWS, ROWS)
+          source = dq_parts[part] if is_wide else dq_smem.at[buffer]
+          if is_interpreted:  # it has no additions and no counters: one array for each KV tile
             plgpu.barrier_wait(dq_full.at[buffer])
-            pl.when(follows)(lambda: plgpu.copy_smem_to_gmem(source, target, reduction_op="add"))
-            pl.when(leads)(lambda: plgpu.copy_smem_to_gmem(source, target))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(dq_empty.at[buffer])
+            plgpu.copy_smem_to_gmem(source, dq_gmem.at[work.kv_tile, work.batch, head, queries, columns])
             plgpu.wait_smem_to_gmem(0)
-            mosaic.signal(turn, jnp.where(leads, rank + 1, 1))
+            plgpu.barrier_arrive(dq_empty.at[buffer])
+            return
+          turn = turns.at[part, work.batch, head, pl.ds(tile, 1)]
+          target = dq_gmem.at[work.batch, head, queries, columns]
+          rank, follows, leads = walk.turn(work, tile)
+          pl.when(follows)(lambda: mosaic.wait_for(turn, rank))
+          plgpu.barrier_wait(dq_full.at[buffer])
+          pl.when(follows)(lambda: plgpu.copy_smem_to_gmem(source, target, reduction_op="add"))
+          pl.when(leads)(lambda: plgpu.copy_smem_to_gmem(source, target))
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          plgpu.barrier_arrive(dq_empty.at[buffer])
+          plgpu.wait_smem_to_gmem(0)
+          mosaic.signal(turn, jnp.where(leads, rank + 1, 1))
 
-      @plgpu.warp_map
-      def per_warp(warp):
-        pl.when(warp == 0)(fetch)
-        pl.when(warp == 1)(lambda: add(0))
-        pl.when(warp == 2)(lambda: add(1))
+      def fetch_item(_, index, done):
+        work = item(index)
+        fetch(work, done)
+        return done + work.steps
+
+      def add_item(buffer, _, index, carry):
+        add(item(index), buffer)
+        return carry
+
+      def drain(done):  # the interpreter wants every completion of a barrier observed
+        pl.when(done > 0)(lambda: plgpu.barrier_wait(kv_empty))
+        pl.loop(jnp.maximum(done - stages, 0), done)(lambda n: plgpu.barrier_wait(q_empty.at[slot(n)]))
+        pl.loop(jnp.maximum(done - do_stages, 0), done)(lambda n: plgpu.barrier_wait(do_empty.at[do_slot(n)]))
+
+      def per_warp(fetch, add):
+        """One warp fetches and two add; they do not wait for each other."""
+
+        @plgpu.warp_map
+        def roles(warp):
+          @pl.when(warp == 0)
+          def _():
+            fetch()
+
+          for buffer in range(2):
+
+            @pl.when(warp == 1 + buffer)
+            def _(buffer=buffer):
+              add(functools.partial(add_item, buffer))
+
+      if isinstance(mine, Listed):
+        zero = jnp.int32(0)
+        per_warp(lambda: drain(mine.over(fetch_item, zero)), lambda add_item: mine.over(add_item, zero))
+      else:  # a warp cannot loop until it hears that nothing is left: their warpgroup does
+
+        def one_item(n, index, done):
+          per_warp(lambda: fetch_item(n, index, done), lambda add_item: add_item(n, index, done))
+          return done + item(index).steps
+
+        done = mine.lead(one_item, jnp.int32(0))
+        mosaic.one_warp(lambda: drain(done))
 
   lse2, delta = _row_statistics(p, operands, out, lse, d_out, d_lse, padded)
   visits, visited = _visits(p, operands, block_kv)
   ids = _segment_ids(operands, block_kv)
-  query, key, value, d_out = _prepared(p, operands, d_out, D, Dv)
+  *arrays, edges = _prepared(p, operands, d_out, D, Dv, block_kv)
   from_both = plgpu.Barrier(num_arrivals=NUM_WGS)
   ring, do_ring = (plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in (stages, do_stages))
   dk_tile, dv_tile = mosaic.smem((block_kv, D), dtype), mosaic.smem((block_kv, Dv), dtype)
@@ -587,10 +656,9 @@ def backward(
     kernel,
     out_type=(
       jax.ShapeDtypeStruct(((kv_tiles,) if is_interpreted else ()) + (p.batch, H, padded, D), jnp.float32),
-      jax.ShapeDtypeStruct(key.shape, dtype),
-      jax.ShapeDtypeStruct(value.shape, dtype),
+      *(jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays[1:3]),
     ),
-    grid=(walk.heads * kv_tiles if schedule is None else len(schedule),),
+    grid=(workers,),
     grid_names=("block",),
     num_threads=NUM_WGS + 1,
     thread_name="wg",
@@ -599,10 +667,10 @@ def backward(
       mosaic.smem((block_kv, D), dtype, swizzle),
       mosaic.smem((block_kv, Dv), dtype),
       mosaic.smem((do_stages, ROWS, Dv), dtype),
-      plgpu.SMEM((stages, ROWS), jnp.float32),
-      plgpu.SMEM((do_stages, ROWS), jnp.float32),
+      plgpu.SMEM((stages + do_stages, ROWS), jnp.float32),  # of queries: the LSE, then delta
       mosaic.smem((2, block_kv, ROWS), dtype, swizzle),
       leaving,
+      items_sm90.scratch(NUM_WGS + 1) if schedule is None else None,
       plgpu.Barrier(num_arrivals=2),
       from_both,
       *(ring, ring, do_ring, do_ring),
@@ -617,11 +685,12 @@ def backward(
 
   def run(*arrays):
     turns = None if is_interpreted else jax.new_ref(jnp.zeros((len(parts), p.batch, H, query_tiles), jnp.int32))
-    return call(*arrays, turns)
+    counter = None if schedule is not None or is_interpreted else jax.new_ref(jnp.full((1,), workers, jnp.int32))
+    return call(*arrays, counter, turns)
 
   table = None if schedule is None else jnp.asarray(schedule)
   lens = operands.query_lens, operands.kv_lens
-  dq, dk, dv = mosaic.untyped(run, table, query, key, value, d_out, lse2, delta, *lens, *ids, visits)
+  dq, dk, dv = mosaic.untyped(run, table, *arrays, edges, lse2, delta, *lens, *ids, visits)
 
   if is_interpreted:
     tile = jnp.arange(query_tiles)
@@ -670,21 +739,39 @@ def _row_statistics(problem, operands, out, lse, d_out, d_lse, padded):
   return lse2, jnp.pad(jnp.where(dead, 0.0, delta), pad)
 
 
+class _Edges(NamedTuple):
+  """[B, rows of a tile, heads, D], the tile at each sequence's end, zeros past the end; None without lengths.
+
+  It stands for all tiles that are not wholly inside their sequence, for what lies past the end may be NaN.
+  """
+
+  query: Any
+  key: Any
+  value: Any
+  d_out: Any
+
+
 def _prepared(
-  problem: FlashProblem, operands: FlashOperands, d_out: jax.Array, D: int, Dv: int
-) -> tuple[jax.Array, ...]:
-  """Query, key, value and d_out, zeros in their padding (it may hold NaN), 8 n rows and 64 n columns."""
-  query, key, value = operands[:3]
+  problem: FlashProblem, operands: FlashOperands, d_out: jax.Array, D: int, Dv: int, block_kv: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, _Edges]:
+  """Query, key, value and d_out of 8 n rows and 64 n columns, zeros in this padding, and their edges."""
   query_lens, kv_lens, _ = spans(problem, operands)
 
-  def clean(x, lens, has_lens, dim):
-    if has_lens:
-      x = jnp.where((jnp.arange(x.shape[1]) < lens[:, None])[..., None, None], x, 0)
+  def padded(x, dim):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, dim - x.shape[-1])))
 
-  query, d_out = (clean(x, query_lens, problem.has_query_lens, n) for x, n in ((query, D), (d_out, Dv)))
-  key, value = (clean(x, kv_lens, problem.has_kv_lens, n) for x, n in ((key, D), (value, Dv)))
-  return query, key, value, d_out
+  def edge(x, lens, has_lens, block):
+    if not has_lens:
+      return None
+    rows = (lens // block * block)[:, None] + jnp.arange(block)
+    tile = x[jnp.arange(len(lens))[:, None], jnp.minimum(rows, x.shape[1] - 1)]
+    return jnp.where((rows < lens[:, None])[..., None, None], tile, 0)
+
+  query, d_out = padded(operands.query, D), padded(d_out, Dv)
+  key, value = padded(operands.key, D), padded(operands.value, Dv)
+  edges = [edge(x, query_lens, problem.has_query_lens, ROWS) for x in (query, d_out)]
+  edges[1:1] = [edge(x, kv_lens, problem.has_kv_lens, block_kv) for x in (key, value)]
+  return query, key, value, d_out, _Edges(*edges)
 
 
 def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
@@ -710,12 +797,19 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   if problem.has_segments:
     query_ids, kv_ids = _segment_ids(operands, block_kv)
     query_ids, kv_ids = query_ids.reshape(-1, query_tiles, ROWS), kv_ids.reshape(-1, kv_tiles, block_kv)
-    same = kv_ids.min(-1)[:, :, None] <= query_ids.max(-1)[:, None]
-    same &= query_ids.min(-1)[:, None] <= kv_ids.max(-1)[:, :, None]  # bool[B, KV tiles, query tiles]
+    query_min, query_max = query_ids.min(-1)[:, None], query_ids.max(-1)[:, None]
+    kv_min, kv_max = kv_ids.min(-1)[:, :, None], kv_ids.max(-1)[:, :, None]
     tile = jnp.arange(query_tiles)
-    first = jnp.maximum(first, jnp.where(same, tile, query_tiles).min(-1))
-    last = jnp.minimum(last, jnp.where(same, tile + 1, 0).max(-1))
+
+    def ends(chosen):  # of bool[B, KV tiles, query tiles]
+      return jnp.where(chosen, tile, query_tiles).min(-1), jnp.where(chosen, tile + 1, 0).max(-1)
+
+    first_same, last_same = ends((kv_min <= query_max) & (query_min <= kv_max))
+    first, last = jnp.maximum(first, first_same), jnp.minimum(last, last_same)
     meets &= first < last
+    alike = (kv_min == query_max) & (query_min == kv_max)  # both hold one id, for min <= max
+    first_alike, last_alike = ends(alike)
+    last_alike = jnp.where(alike.sum(-1) == last_alike - first_alike, last_alike, 0)  # no interval: none
   first = lax.cummin(jnp.where(meets, first, query_tiles), axis=1, reverse=True)
   last = jnp.maximum(lax.cummax(jnp.where(meets, last, 0), axis=1), 1)
   first = jnp.minimum(first, last - 1)
@@ -724,11 +818,14 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   )
   whole_last = last if left is None else jnp.maximum(begin - offsets + left + 1, 0) // ROWS
   if problem.has_segments:
-    whole_first = last
+    whole_first, whole_last = jnp.maximum(whole_first, first_alike), jnp.minimum(whole_last, last_alike)
   whole_first = jnp.clip(jnp.where(end < begin + block_kv, last, whole_first), first, last)
   whole_last = jnp.clip(whole_last, whole_first, last)
+  is_inside = begin < kv_lens
   before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
-  after = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=query_tiles)
+  after = jnp.where(is_inside, first, query_tiles)
+  after = jnp.pad(after[:, 1:], ((0, 0), (0, 1)), constant_values=query_tiles)
+  first = jnp.where(is_inside, first, last)
   tile = jnp.arange(query_tiles)
   visited = ((first[..., None] <= tile) & (tile < last[..., None])).any(1)
   return jnp.stack([first, last, whole_first, whole_last, before, after], -1).astype(jnp.int32), visited

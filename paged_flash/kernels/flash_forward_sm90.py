@@ -4,11 +4,11 @@ One block computes tiles of `num_wgs * 64` queries of one head, 64 rows for each
 `forward_loop_sm90` says; one more warpgroup fetches K and V by TMA into two rings of `stages` tiles.
 
 Each row sees one interval of keys: causality, windows and lengths give its ends by arithmetic; segments are compared
-inside it. Tiles that no row of a block sees are not visited. A block stays on its multiprocessor and works through a
-list of query tiles, a few heads at a time so that K and V stay in the L2 cache. With static lengths the list is made
-when tracing (`make_schedule`); otherwise tiles are dealt in rounds (`mosaic.dealt`), those past the end of their
-sequence apart. Blocks in clusters of two take neighbouring queries, and each fetches half of every K and V tile for
-both.
+inside it. Tiles that no row of a block sees are not visited. A block stays on its multiprocessor and works through
+query tiles, a few heads at a time so that K and V stay in the L2 cache. With static lengths its list is made when
+tracing (`make_schedule`), and blocks in clusters of two take neighbouring queries and each fetch half of every K and V
+tile for both. Otherwise blocks claim the next tile when they are free (`items_sm90`), the heaviest of a few heads
+first, and those past the end of their sequence are dealt apart.
 """
 
 import dataclasses
@@ -22,12 +22,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import mosaic
+from paged_flash.kernels import items_sm90, mosaic
 from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend
+from paged_flash.kernels.items_sm90 import Claims, Listed
 from paged_flash.kernels.mosaic import COLUMN, LN_2, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashOperands, FlashProblem
 
 ITEM_COST = 1.5  # of a tile of queries besides its KV tiles, in KV tiles
+MOST_ITEMS = 2**16  # of a list made when tracing
 _L2_BYTES = 20 * 2**20  # of 50 on an H100 or H200, for K and V
 
 
@@ -122,7 +124,7 @@ def forward(
     block_kv: Keys of a tile, a multiple of 64.
     stages: K and V tiles in flight.
     query_stages: Tiles of queries in shared memory.
-    cluster: Blocks that take neighbouring queries and share what they fetch, 1 or 2.
+    cluster: Blocks that take neighbouring queries and share what they fetch, 1 or 2; without static lengths 1.
     num_blocks: Blocks that run at once, the number of multiprocessors.
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
 
@@ -132,14 +134,15 @@ def forward(
   p = problem
   T, S, H, D, Dv, dtype = p.query_len, p.kv_len, p.num_heads, p.head_dim, p.value_dim, operands.query.dtype
   block_q, group = ROWS * num_wgs, H // p.num_kv_heads
+  is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
+  cluster = cluster if is_static else 1
   rows_together = block_q * cluster
   query_tiles = cdiv(T, rows_together)
   items = query_tiles * p.batch * H
-  is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
   order = kernel_order(p, rows_together)
   workers = min(num_blocks // cluster, items)
   schedule = live = None
-  if is_static and items <= 2**16:
+  if cluster == 2 or (is_static and items <= MOST_ITEMS):
     schedule = make_schedule(p, order, rows_together, block_kv, workers)
   elif operands.query_lens is not None:
     live = _live_first(p, order, rows_together, operands.query_lens)
@@ -153,20 +156,23 @@ def forward(
     return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
 
   def kernel(
-    table, live, q_gmem, k_gmem, v_gmem, query_lens, kv_lens, query_ids, kv_ids, bounds, sinks,
+    table, live, q_gmem, k_gmem, v_gmem, query_lens, kv_lens, query_ids, kv_ids, bounds, sinks, counter,
     out_gmem, lse_gmem, *scratch,
   ):  # fmt: skip
-    q_smem, k_smem, v_smem, o_smem, lse_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed = scratch
+    (
+      q_smem, k_smem, v_smem, o_smem, lse_smem,
+      q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming,
+    ) = scratch  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-    listed, num_live = (None, jnp.int32(items)) if live is None else (live[0], live[1][0])
+    ids_smem = None if claiming is None else claiming[0]  # segment ids, a row for each slot of the ring of K
+    num_live = jnp.int32(items) if live is None else live[1][0]
     if table is not None:
-      steps, at = table[block, 0], lambda step: table[block, 1 + step]
+      mine = Listed(count=table[block, 0], at=lambda step: table[block, 1 + step])
     else:
-      steps, place = mosaic.dealt(num_live, block, workers)
-      at = place if listed is None else lambda step: listed[place(step)]
+      mine = Claims(counter, claiming, num_live, block, workers, interpret=is_interpreted)
 
     def item(index):
-      bh, tile = order.place(index)
+      bh, tile = order.place(index if live is None else live[0][index])
       batch, first = lax.div(bh, jnp.int32(H)), tile * rows_together
       positions = Positions(p, query_lens, kv_lens, batch)
       last = jnp.minimum(first + rows_together, positions.query_len) - 1
@@ -187,7 +193,7 @@ def forward(
       plgpu.set_max_registers(160 if num_wgs == 3 else 240, action="increase")
       o_tile, lse_tile = o_smem.at[warpgroup], lse_smem.at[warpgroup]
 
-      def cut(work, column, s):
+      def cut(work, column, k, s):
         row = work.first + warpgroup * ROWS
         rows = row + row_iota() if p.is_causal or p.window is not None else None
         low = work.positions.low(rows) - column if left_masks else None
@@ -195,7 +201,7 @@ def forward(
         s = mosaic.keep(s, low, high, interpret=is_interpreted)
         if p.has_segments:
           row_ids = plgpu.load(query_ids.at[work.batch, pl.ds(row, ROWS)], layout=ROW, optimized=False)
-          ids = plgpu.load(kv_ids.at[work.batch, pl.ds(column, block_kv)], layout=COLUMN, optimized=False)
+          ids = plgpu.load(ids_smem.at[k], layout=COLUMN, optimized=False)
           s = jnp.where(across(row_ids, s) == down(ids, s), s, -jnp.inf)
         return s
 
@@ -240,7 +246,7 @@ def forward(
             plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
           plgpu.copy_smem_to_gmem(o_tile, out_gmem.at[work.batch, rows, work.head, pl.ds(start, out_columns)])
 
-      def write_nothing(listed):
+      def write_nothing():
         """For the tiles of queries past the end of their sequence."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_tile[...] = mosaic.full((ROWS, out_columns), 0.0).astype(dtype)
@@ -249,7 +255,7 @@ def forward(
 
         @pl.loop(num_live + block, items, step=workers)
         def _(index):
-          work = item(listed[index])
+          work = item(index)
           rows = pl.ds(work.first + warpgroup * ROWS, ROWS)
           plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
           for start in range(0, Dv, out_columns):
@@ -264,24 +270,23 @@ def forward(
         masks_left=left_masks,
         masks_inside=p.has_segments,
         interpret=is_interpreted,
-        at=at,
         item=item,
         cut=cut,
         ends=ends,
         write=write,
       )
       tiles = Tiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-      pl.when(steps > 0)(lambda: attend(loop, tiles, warpgroup, steps))
-      if listed is not None:
-        write_nothing(listed)
+      attend(loop, tiles, warpgroup, mine)
+      if live is not None:
+        write_nothing()
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == num_wgs)
     def fetch():
       plgpu.set_max_registers(32 if num_wgs == 3 else 24, action="decrease")
 
-      def one_item(step, done):
-        work = item(at(step))
+      def one_item(step, index, carry):
+        work, done = item(index), carry[1]
         kv_head = lax.div(work.head, jnp.int32(group))
 
         def fetch_tile(gmem, ring, full, empty, i):
@@ -291,6 +296,8 @@ def forward(
           plgpu.copy_gmem_to_smem(
             gmem.at[work.batch, keys, kv_head], ring.at[slot], full.at[slot], collective_axes=pair
           )
+          if p.has_segments and ring is k_smem:
+            plgpu.copy_gmem_to_smem(kv_ids.at[work.batch, keys], ids_smem.at[slot], full.at[slot])
 
         @mosaic.one_warp
         def first_tiles():
@@ -316,9 +323,9 @@ def forward(
             fetch_tile(k_gmem, k_smem, k_full, k_empty, i)
             fetch_tile(v_gmem, v_smem, v_full, v_empty, i)
 
-        return done + work.high - work.low
+        return step + 1, done + work.high - work.low
 
-      done = lax.fori_loop(0, steps, one_item, jnp.int32(0))
+      steps, done = mine.lead(one_item, (jnp.int32(0), jnp.int32(0)))
 
       @mosaic.one_warp
       def drain():  # the interpreter wants every completion of a barrier observed
@@ -335,9 +342,11 @@ def forward(
   # A copy of plain values is not cut at the end of its axis as one of tiles is: whole tiles of rows.
   lse_rows = query_tiles * rows_together
   ring = plgpu.Barrier(num_barriers=stages)
+  k_ring = plgpu.Barrier(num_arrivals=2, num_barriers=stages) if p.has_segments else ring  # ids of its tokens too
   ring_empty = plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   if cluster > 1:
     ring_empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=num_wgs, num_barriers=stages)
+  ids_of_keys = (stages, block_kv) if p.has_segments else (0, items_sm90.AHEAD)
   call = plgpu.kernel(
     kernel,
     out_type=(
@@ -358,14 +367,20 @@ def forward(
       plgpu.SMEM((num_wgs, ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=query_stages),
       plgpu.Barrier(num_arrivals=num_wgs, num_barriers=query_stages),
-      *(ring, ring_empty, ring, ring_empty, ring),
+      *(k_ring, ring_empty, ring, ring_empty, ring),
+      items_sm90.scratch(num_wgs + 1, ids_of_keys) if schedule is None else None,
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     interpret=interpret,
   )
   table = None if schedule is None else jnp.asarray(schedule)
   lens, segments = (operands.query_lens, operands.kv_lens), _segments(p, operands, rows_together, block_kv)
-  out, lse = mosaic.untyped(call, table, live, query, key, value, *lens, *segments, operands.sinks)
+
+  def run(*arrays):
+    counter = None if schedule is not None or is_interpreted else jax.new_ref(jnp.full((1,), workers, jnp.int32))
+    return call(*arrays, counter)
+
+  out, lse = mosaic.untyped(run, table, live, query, key, value, *lens, *segments, operands.sinks)
   return out[:, :T], lse[..., :T]
 
 
@@ -382,11 +397,12 @@ def _live_first(problem: FlashProblem, order: Order, rows: int, query_lens: jax.
 def _heads_together(problem: FlashProblem) -> int:
   """How many KV heads blocks work on at a time, a divisor of all: what they read again should still be in the L2 cache.
 
-  16 heads leave eight or so of an H200's blocks to each, which share what one of them fetches; more heads only as far
-  as they fit the cache.
+  16 query heads leave eight or so of an H200's blocks to each, which share what one of them fetches; more only as far
+  as their K and V fit the cache.
   """
   heads = problem.batch * problem.num_kv_heads
-  most = max(16, _L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.value_dim)))
+  fit = _L2_BYTES // (2 * problem.kv_len * (problem.head_dim + problem.value_dim))
+  most = max(16 * problem.num_kv_heads // problem.num_heads, fit, 1)
   return max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
 
 

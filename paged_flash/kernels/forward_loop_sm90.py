@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
+from paged_flash.kernels.items_sm90 import Claims, Listed
 from paged_flash.kernels.mosaic import LOG2_E, ROW
 
 ROWS = 64  # query rows of one warpgroup
@@ -63,9 +64,9 @@ class Loop:
   masks_left: bool  # or the beginning of the last
   masks_inside: bool  # or anything of any
   interpret: bool
-  at: Callable[[Any], Any]  # index of the block's n-th item
   item: Callable[[Any], Any]  # the item of an index
-  cut: Callable[[Any, Any, jax.Array], jax.Array]  # (item, first key, scores [ROWS, block_kv]): -inf where masked
+  # (item, first key, slot of the tile of K, scores [ROWS, block_kv]): -inf where masked.
+  cut: Callable[[Any, Any, Any, jax.Array], jax.Array]
   ends: Callable[[Any], tuple[Any, Any, Any]]  # of an item: (begin, end, n)
   write: Callable[[Any, jax.Array, jax.Array, jax.Array], None]  # (item, O, row_max, row_sum), unfinished
 
@@ -78,8 +79,16 @@ class Loop:
     return self.num_wgs < 3 and head_dim <= 128 and not self.interpret
 
 
-def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
-  """Attention of the warpgroup's rows of a block's `steps` items, one at least."""
+def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims) -> None:
+  """Attention of the warpgroup's rows of all items of a block."""
+  if isinstance(items, Listed):
+    pl.when(items.count > 0)(lambda: _attend(loop, tiles, warpgroup, items, items.at(0)))
+  else:
+    first = items.listen(jnp.int32(0))
+    pl.when(first >= 0)(lambda: _attend(loop, tiles, warpgroup, items, first))
+
+
+def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims, first: Any) -> None:
   q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
   (query_stages, _, head_dim), (stages, block_kv, value_dim) = q_smem.shape, v_smem.shape
   query_in_registers, factor = loop.query_in_registers(head_dim), loop.factor
@@ -104,13 +113,13 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
   def lhs(query, step):
     return query if query_in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
 
-  def softmax(work, i, s, row_max, row_sum, masked):
-    """P of the work's tile i, not yet divided by row_sum; the new statistics; the factor of what came before."""
+  def softmax(work, i, k, s, row_max, row_sum, masked):
+    """P of the work's tile i (slot k), not yet divided by row_sum; new statistics; the factor of what came before."""
     column = (work.high - 1 - i) * block_kv
     if loop.soft_cap is not None:
       s = jnp.tanh(s * (loop.scale / loop.soft_cap))
     if masked:
-      s = loop.cut(work, column, s)
+      s = loop.cut(work, column, k, s)
     # The maximum follows only jumps of more than 2^8: most tiles then leave O as it is.
     new_max = jnp.maximum(row_max, s.max(axis=1))
     jumps = (new_max - row_max) * factor > 8.0
@@ -128,9 +137,7 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
 
   def scores(query, k):
     plgpu.barrier_wait(k_full.at[k])
-    s = mosaic.matmul(query, k_smem.at[k].T)
-    plgpu.barrier_arrive(k_empty.at[k])
-    return s
+    return mosaic.matmul(query, k_smem.at[k].T)
 
   def values(acc, prob, v):
     plgpu.barrier_wait(v_full.at[v])
@@ -141,8 +148,10 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
   def overlapped(query, k, acc, prob, v, soften):
     """O + P V of one tile, and `soften` of the scores of the next: (O, P, row_max, row_sum, alpha)."""
     if loop.interpret:
-      s = scores(query, k)
-      return values(acc, prob, v), *soften(s)
+      softened = soften(scores(query, k))
+      acc = values(acc, prob, v)
+      plgpu.barrier_arrive(k_empty.at[k])
+      return acc, *softened
 
     def products(refs):
       acc_ref, *out_refs = refs
@@ -164,17 +173,18 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
     plgpu.barrier_arrive(v_empty.at[v])
     return acc, *out
 
-  def one_item(step, carry):
+  def one_item(step, index, carry):
     """Everything of an item after the softmax of its first tile, and that of the next item's first tile."""
     done, query, row_max, row_sum, prob = carry
-    work, upcoming = loop.item(loop.at(step)), loop.at(jnp.minimum(step + 1, steps - 1))
+    work, upcoming = loop.item(index), None
+    if isinstance(items, Listed):  # it is read from global memory meanwhile
+      has_next, upcoming = step + 1 < items.count, items.at(jnp.minimum(step + 1, items.count - 1))
 
     def advance(i, carry, *, masked):
       acc, row_max, row_sum, prob = carry
-      soften = lambda s: softmax(work, i, s, row_max, row_sum, masked)  # noqa: E731
-      acc, prob, row_max, row_sum, alpha = overlapped(
-        lhs(query, step), ring(done + i), acc, prob, ring(done + i - 1), soften
-      )
+      k = ring(done + i)
+      soften = lambda s: softmax(work, i, k, s, row_max, row_sum, masked)  # noqa: E731
+      acc, prob, row_max, row_sum, alpha = overlapped(lhs(query, step), k, acc, prob, ring(done + i - 1), soften)
       return mosaic.rescale(acc, alpha, interpret=loop.interpret), row_max, row_sum, prob.astype(loop.dtype)
 
     begin, end, n = loop.ends(work)
@@ -185,24 +195,33 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, steps: Any) -> None:
     acc, row_max, row_sum, prob = carry
     if not query_in_registers:
       plgpu.barrier_arrive(q_empty.at[lax.rem(step, jnp.int32(query_stages))])
+    if isinstance(items, Claims):  # told when the item's last tile is on its way
+      upcoming = items.listen(step + 1)
+      has_next = upcoming >= 0
 
     def with_next():
-      query = take_query(step + 1)
-      soften = lambda s: softmax(loop.item(upcoming), 0, s, *fresh(), first_masked)  # noqa: E731
-      acc_, prob_, row_max_, row_sum_, _ = overlapped(
-        lhs(query, step + 1), ring(done + n), acc, prob, ring(done + n - 1), soften
-      )
+      query, k = take_query(step + 1), ring(done + n)
+      soften = lambda s: softmax(loop.item(upcoming), 0, k, s, *fresh(), first_masked)  # noqa: E731
+      acc_, prob_, row_max_, row_sum_, _ = overlapped(lhs(query, step + 1), k, acc, prob, ring(done + n - 1), soften)
       return acc_, query, row_max_, row_sum_, prob_.astype(loop.dtype)
 
     def without_next():
       return values(acc, prob, ring(done + n - 1)), query, row_max, row_sum, prob
 
-    acc, query, *next_row_state = lax.cond(step + 1 < steps, with_next, without_next)
+    acc, query, *next_row_state = lax.cond(has_next, with_next, without_next)
     loop.write(work, acc, row_max, row_sum)
-    return done + n, query, *next_row_state
+    return upcoming, (done + n, query, *next_row_state)
 
   query = take_query(0)
   s = scores(lhs(query, 0), 0)
-  prob, row_max, row_sum, _ = softmax(loop.item(loop.at(0)), 0, s, *fresh(), first_masked)
-  lax.fori_loop(0, steps, one_item, (jnp.int32(0), query, row_max, row_sum, prob.astype(loop.dtype)))
+  prob, row_max, row_sum, _ = softmax(loop.item(first), 0, 0, s, *fresh(), first_masked)
+  if loop.interpret:
+    plgpu.commit_smem()  # what `cut` read may be overwritten
+  plgpu.barrier_arrive(k_empty.at[0])
+  carry = jnp.int32(0), query, row_max, row_sum, prob.astype(loop.dtype)
+  if isinstance(items, Listed):
+    lax.fori_loop(0, items.count, lambda step, carry: one_item(step, items.at(step), carry)[1], carry)
+  else:
+    is_one = lambda carry: carry[1] >= 0  # noqa: E731
+    lax.while_loop(is_one, lambda carry: (carry[0] + 1, *one_item(*carry)), (jnp.int32(0), first, carry))
   turn.finish()

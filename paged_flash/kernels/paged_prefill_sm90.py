@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
 from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend
+from paged_flash.kernels.items_sm90 import Listed
 from paged_flash.kernels.mosaic import ROW, Rows, cdiv, divide
 from paged_flash.kernels.paged_decode_sm90 import max_tokens
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
@@ -136,7 +137,7 @@ def forward(
       def my_first(work):
         return work.first + warpgroup * ROWS
 
-      def cut(work, column, s):
+      def cut(work, column, _, s):
         token, skip = divide(my_first(work), group)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
         token = token + (row if group == 1 else lax.div(row + skip, jnp.full_like(row, group)))
@@ -173,14 +174,13 @@ def forward(
         masks_left=p.window is not None,
         masks_inside=False,
         interpret=is_interpreted,
-        at=at,
         item=item,
         cut=cut,
         ends=ends,
         write=write,
       )
       tiles = Tiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-      pl.when(steps > 0)(lambda: attend(loop, tiles, warpgroup, steps))
+      attend(loop, tiles, warpgroup, Listed(count=steps, at=at))
 
       @pl.loop(items + block, counts[1] * K, step=num_blocks)
       def _(index):  # no keys
