@@ -34,7 +34,7 @@ class Config:
   rounds: int = 3  # of each in turns, of `repeats` calls
   repeats: int = 5
   synthetic: str = "sharegpt"  # lengths to draw for serving (`analysis.synthetic`)
-  num_requests: int = 300
+  num_requests: int = 300  # to serve; 0 for what each takes by itself alone
   rate: float = 3.0  # requests per second, Poisson: more than the memory serves without preempting
   latency: str = "opt_13b_a100"  # of experiments.simulate's LATENCY
   num_tokens: int = 15_872  # of device memory: a multiple of all page sizes
@@ -118,7 +118,8 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
   model = models.load(config.model, dtype=jnp.dtype(config.dtype))
   rows = []
   for page_size in config.page_sizes:
-    rows.append(dict(page_size=page_size) | by_itself(config, model, page_size) | end_to_end(config, page_size))
+    row = dict(page_size=page_size) | by_itself(config, model, page_size)
+    rows.append(row | (end_to_end(config, page_size) if config.num_requests else {}))
     workdir.log(**rows[-1])
   print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f"{x:.3g}"))
   workdir.save_figure("preemption.png", show_preemption(rows))

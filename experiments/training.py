@@ -153,13 +153,17 @@ def run(config: Config, workdir: Workdir) -> list[dict]:
   print(f"{size / 1e6:.0f}M parameters, {config.tokens} tokens a step")
   heads: dict[str, Any] = dict(num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim)
   cases = [Case(batch=config.tokens // n, seq_len=n, is_causal=True, **heads) for n in config.seq_lens]
-  oracle = functools.partial(trainer.build, peer=ours(TimingConfig(implementation="xla")), dtype="float32")
-  right = {case: trainer.first(case, oracle(case)) for case in cases}
+  oracle = ours(TimingConfig(implementation="xla"))
   builders = {(n, name): functools.partial(trainer.build, n, peer) for n in cases for name, peer in peers.items()}
+  builders |= {(n, "oracle"): functools.partial(trainer.build, n, oracle, "float32") for n in cases}
   compiled = compile_all(builders, config.compile_threads)
   rows = []
   for case in cases:
-    new = run_case(case, trainer, right[case], {name: compiled.pop((case, name)) for name in peers})
+    program, note = compiled.pop((case, "oracle"))
+    if program is None:
+      raise RuntimeError(f"nothing to compare with at {case.seq_len} tokens: {note}")
+    right = trainer.first(case, program)
+    new = run_case(case, trainer, right, {name: compiled.pop((case, name)) for name in peers})
     base = next(row["ms"] for row in new if row["peer"] == "ours")
     for row in new:
       row["by_ours"] = row["ms"] / base if row["ms"] and base else None

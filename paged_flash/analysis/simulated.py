@@ -101,7 +101,7 @@ def show_rates(rows: Sequence[Row]) -> Picture:
     ax.set_xlabel("requests per second")
     ax.grid(lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
-  figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+  figure.legend(loc="outside lower center", ncols=5 if len(units) > 1 else 2, frameon=False, fontsize=9)
   return figure
 
 
@@ -210,7 +210,7 @@ def show_preemption(rows: Sequence[Row]) -> Picture:
 
   Args:
     rows: "page_size", "recompute_ms", "out_ms", "back_ms", "swap_ms", and "recompute_latency", "swap_latency",
-      "cheaper_latency" in s/token.
+      "cheaper_latency" in s/token; without these, what they take by themselves alone.
 
   Raises:
     ValueError: if there are no rows.
@@ -219,8 +219,10 @@ def show_preemption(rows: Sequence[Row]) -> Picture:
     raise ValueError("rows must be at least one record, got none")
   rows = sorted(rows, key=lambda row: row["page_size"])
   sizes = [row["page_size"] for row in rows]
-  figure = Picture(figsize=(8.6, 3.5), layout="constrained")
-  itself, served = figure.subplots(1, 2)
+  titles = dict(ms="one sequence by itself, ms", latency="normalised latency, s/token (simulated)")
+  units = [unit for unit in titles if f"swap_{unit}" in rows[0]]
+  figure = Picture(figsize=(4.3 * len(units), 3.5), layout="constrained")
+  axes = dict(zip(units, figure.subplots(1, len(units), squeeze=False)[0], strict=True))
   lines = (
     ("recompute", "#c0392b", "recompute"),
     ("swap", "#4878a8", "swap, out and back"),
@@ -228,10 +230,13 @@ def show_preemption(rows: Sequence[Row]) -> Picture:
     ("back", "#f4a259", "back"),
     ("cheaper", "#8cb369", "the cheaper of the two"),
   )
-  for ax, unit in ((itself, "ms"), (served, "latency")):
+  handles = {}
+  for unit, ax in axes.items():
+    ax.set_title(titles[unit], loc="left", fontsize=9)
     for name, colour, label in lines:
       if f"{name}_{unit}" in rows[0]:
-        ax.plot(sizes, [row[f"{name}_{unit}"] for row in rows], "o-", ms=3.5, color=colour, label=label)
+        ys = [row[f"{name}_{unit}"] for row in rows]
+        handles[label] = ax.plot(sizes, ys, "o-", ms=3.5, color=colour, label=label)[0]
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(sizes))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -239,13 +244,12 @@ def show_preemption(rows: Sequence[Row]) -> Picture:
     ax.set_xlabel("tokens per page")
     ax.grid(lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
-  itself.set_yscale("log")
-  itself.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
-  served.set_ylim(bottom=0)
-  itself.set_title("one sequence by itself, ms", loc="left", fontsize=9)
-  served.set_title("normalised latency, s/token (simulated)", loc="left", fontsize=9)
-  handles = itself.get_legend_handles_labels()[0] + served.get_legend_handles_labels()[0][-1:]
-  figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+  if "ms" in axes:
+    axes["ms"].set_yscale("log")
+    axes["ms"].yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+  if "latency" in axes:
+    axes["latency"].set_ylim(bottom=0)
+  figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=5 if len(units) > 1 else 2, frameon=False, fontsize=9)
   return figure
 
 

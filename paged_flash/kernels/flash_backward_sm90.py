@@ -25,7 +25,8 @@ Heads are worked on in sections, which differ in direction. In the first, third,
 walk up through the queries; in the others they start from the first and walk down. With a causal mask, KV tiles that
 start together then reach a query tile a step or two after one another, and end the later the more queries see them; the
 next section's tiles start in the order in which these end, the heaviest first, follow each other as well, and all end
-together. Without a mask, tiles of a head that run together start at evenly spread queries and walk around (`spread`).
+together. With segments, where a tile of keys meets few queries, all walk up, each a step or two behind the one before.
+Without a mask, tiles of a head that run together start at evenly spread queries and walk around (`spread`).
 
 No deadlock: an item (one KV tile of one kv head) waits only for earlier ones or, where spread, for those of its
 section, which all run at the same time; blocks compute their items in order, and start in the order of their first
@@ -89,6 +90,7 @@ class _Walk:
   group: int  # query heads of a KV head
   width: int  # heads of a section
   spread: bool  # tiles of keys of a section start at evenly spread queries and walk around
+  turns: bool  # sections differ in direction
 
   def item(self, index: Any, visits: Any) -> _Item:
     """The item of that index; what `visits` says is that of `_visits`."""
@@ -96,7 +98,7 @@ class _Walk:
     section, rest = divide(index, self.width * kv_tiles)
     here = jnp.minimum(self.width, self.heads - section * self.width)
     rank, head = lax.div(rest, here), section * self.width + lax.rem(rest, here)
-    up = self.spread or _is_up(section)
+    up = not self.turns or _is_up(section)
     kv_tile = jnp.where(up, kv_tiles - 1 - rank, rank)
     batch = lax.div(head, K)
     first, last, whole_first, whole_last, before, after = (visits[batch, kv_tile, i] for i in range(6))
@@ -158,7 +160,8 @@ def _plan(
   if is_static and items <= MOST_ITEMS:
     schedule = _schedule(p, block_kv, width, min(num_blocks, items))
   group = p.num_heads // p.num_kv_heads
-  return _Walk(query_tiles, kv_tiles, heads, p.num_kv_heads, group, width, spread), schedule
+  turns = not (spread or p.has_segments)
+  return _Walk(query_tiles, kv_tiles, heads, p.num_kv_heads, group, width, spread, turns), schedule
 
 
 def backward(
@@ -217,6 +220,7 @@ def backward(
       *dq_parts, dk_smem, dv_smem = leaving
     else:
       dq_smem, (dk_smem, dv_smem) = leaving
+    ids_smem = claiming[0] if p.has_segments else None  # of queries
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, met, p_full = barriers
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
     item = lambda index: walk.item(index, visits)  # noqa: E731
@@ -261,8 +265,15 @@ def backward(
       plgpu.copy_smem_to_gmem(tile, gmem.at[work.batch, pl.ds(first_key, ROWS), work.kv_head])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def masked_scores(s, work, tile, key):
-      """S^T of the tile and 64 keys from `key`, -inf where a query does not see a key; the soft cap's derivative."""
+    def ids_of(work, key):
+      """Segment ids of 64 keys."""
+      if not p.has_segments:
+        return None
+      return plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
+
+    def masked_scores(s, work, tile, at, key, own):
+      """S^T of the tile (slot `at`) and 64 keys from `key`, -inf where a query does not see a key, and the soft cap's
+      derivative; `own` are the keys' ids."""
       slope = None
       if p.soft_cap is not None:
         s = jnp.tanh(s * (p.scale / p.soft_cap))
@@ -277,8 +288,7 @@ def backward(
         high = None if positions.left is None else keys - positions.offset + positions.left + 1 - first_query
         kept = mosaic.keep(s, low, high, interpret=is_interpreted)
         if p.has_segments:
-          ids = plgpu.load(query_ids.at[work.batch, pl.ds(first_query, ROWS)], layout=COLUMN, optimized=False)
-          own = plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
+          ids = plgpu.load(ids_smem.at[at], layout=COLUMN, optimized=False)
           kept = jnp.where(across(own, s) == down(ids, s), kept, -jnp.inf)
         return kept
 
@@ -306,7 +316,7 @@ def backward(
       rings = (q_ring, do_ring) if role == 0 else (do_ring, q_ring)
       (tiles, full, empty, place), (other_tiles, other_full, other_empty, other_place) = rings
 
-      def visit(n, acc, work, done):
+      def visit(n, acc, work, done, own):
         """Adds what the n-th step's queries give."""
         at, other_at, ds_tile = place(done + n), other_place(done + n), ds_smem.at[other(n)]
         everything = pl.ds(mosaic.anew(jnp.int32(0), interpret=is_interpreted) * ROWS, ROWS)
@@ -317,7 +327,8 @@ def backward(
           x = mosaic.begin_scores(left.at[everything], tiles.at[at])
         if role == 0:
           plgpu.wgmma_wait(0)
-          s, slope = masked_scores(x, work, walk.head_and_tile(work, n)[1], work.kv_tile * block_kv)
+          tile = walk.head_and_tile(work, n)[1]
+          s, slope = masked_scores(x, work, tile, at, work.kv_tile * block_kv, own)
           prob = probabilities(s, at)
           lhs = prob.astype(dtype)
           # The other has done with this buffer: it computed its dQ of two steps ago before `everybody` of the last.
@@ -365,7 +376,8 @@ def backward(
         # dV or dK of the item before has left the buffer of dQ: said to the other by the first `everybody`.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         start = mosaic.full((ROWS, acc_columns), 0.0)
-        acc = lax.fori_loop(0, work.steps, lambda n, acc: visit(n, acc, work, done), start)
+        own = ids_of(work, work.kv_tile * block_kv) if role == 0 else None
+        acc = lax.fori_loop(0, work.steps, lambda n, acc: visit(n, acc, work, done, own), start)
         plgpu.barrier_arrive(kv_empty)
         if role == 0:
           plgpu.barrier_wait(dq_empty.at[1])
@@ -404,6 +416,7 @@ def backward(
 
       def one_item(work, done):
         first_key = first_key_of(work)
+        own = ids_of(work, first_key)
 
         def columns():
           """What this warpgroup computes of dQ."""
@@ -430,7 +443,7 @@ def backward(
           q, do = q_smem.at[at], do_smem.at[at]
           plgpu.barrier_wait(q_full.at[at])
           plgpu.barrier_wait(do_full.at[at])
-          s, slope = masked_scores(mosaic.matmul(k_smem.at[rows()], q.T), work, tile, first_key)
+          s, slope = masked_scores(mosaic.matmul(k_smem.at[rows()], q.T), work, tile, at, first_key, own)
           prob = probabilities(s, at)
           ds = score_gradient(prob, slope, mosaic.matmul(v_smem.at[rows()], do.T), at)
           dv = mosaic.add_matmul(dv, prob.astype(dtype), do, interpret=True)
@@ -471,7 +484,7 @@ def backward(
             if not ahead:
               plgpu.wgmma_wait(1)  # dK of the step before, S^T
               pl.when(n > 0)(lambda: release_query(n - 1))
-            s, slope = masked_scores(s, work, tile, first_key)
+            s, slope = masked_scores(s, work, tile, at, first_key, own)
             prob = probabilities(s, at)
             if ahead:
               plgpu.wgmma_wait(1)  # dK of the step before
@@ -551,26 +564,40 @@ def backward(
           pl.when((tile + 1) * rows <= end)(lambda: copy(inside))
           pl.when((tile + 1) * rows > end)(lambda: copy(edge.at[batch, :, head]))
 
-      def fetch(work, done):
-        query_end, kv_end = (0 if lens is None else lens[work.batch] for lens in (query_lens, kv_lens))
+      def fetch_keys(work, done):
+        end = None if kv_lens is None else kv_lens[work.batch]
 
         @pl.when(work.steps > 0)
-        def keys():
+        def _():
           pl.when(done > 0)(lambda: plgpu.barrier_wait(kv_empty))
-          fetch_tile(k_gmem, edges.key, kv_end, work.batch, work.kv_tile, work.kv_head, k_smem, kv_full)
-          fetch_tile(v_gmem, edges.value, kv_end, work.batch, work.kv_tile, work.kv_head, v_smem, kv_full)
+          fetch_tile(k_gmem, edges.key, end, work.batch, work.kv_tile, work.kv_head, k_smem, kv_full)
+          fetch_tile(v_gmem, edges.value, end, work.batch, work.kv_tile, work.kv_head, v_smem, kv_full)
 
-        @pl.loop(0, work.steps)
+      def fetch_queries(work, done, first, last):
+        """Those of steps [first, last)."""
+        end = None if query_lens is None else query_lens[work.batch]
+
+        @pl.loop(first, last)
         def _(n):
           head, tile = walk.head_and_tile(work, n)
           queries, at = pl.ds(tile * ROWS, ROWS), slot(done + n)
           pl.when(done + n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[at]))
-          fetch_tile(q_gmem, edges.query, query_end, work.batch, tile, head, q_smem.at[at], q_full.at[at])
+          fetch_tile(q_gmem, edges.query, end, work.batch, tile, head, q_smem.at[at], q_full.at[at])
           plgpu.copy_gmem_to_smem(lse_gmem.at[work.batch, head, queries], row_smem.at[at], q_full.at[at])
+          if ids_smem is not None:
+            plgpu.copy_gmem_to_smem(query_ids.at[work.batch, queries], ids_smem.at[at], q_full.at[at])
           at = do_slot(done + n)
           pl.when(done + n >= do_stages)(lambda: plgpu.barrier_wait(do_empty.at[at]))
-          fetch_tile(do_gmem, edges.d_out, query_end, work.batch, tile, head, do_smem.at[at], do_full.at[at])
+          fetch_tile(do_gmem, edges.d_out, end, work.batch, tile, head, do_smem.at[at], do_full.at[at])
           plgpu.copy_gmem_to_smem(delta_gmem.at[work.batch, head, queries], row_smem.at[stages + at], do_full.at[at])
+
+      def ahead_of(work):
+        """Steps whose queries find room before any step of the item is computed."""
+        return jnp.minimum(work.steps, do_stages)
+
+      def begin(work, done):
+        fetch_keys(work, done)
+        fetch_queries(work, done, 0, ahead_of(work))
 
       def add(work, buffer):
         """Adds every second tile of dQ, or one part of each."""
@@ -600,15 +627,6 @@ def backward(
           plgpu.wait_smem_to_gmem(0)
           mosaic.signal(turn, jnp.where(leads, rank + 1, 1))
 
-      def fetch_item(_, index, done):
-        work = item(index)
-        fetch(work, done)
-        return done + work.steps
-
-      def add_item(buffer, _, index, carry):
-        add(item(index), buffer)
-        return carry
-
       def drain(done):  # the interpreter wants every completion of a barrier observed
         pl.when(done > 0)(lambda: plgpu.barrier_wait(kv_empty))
         pl.loop(jnp.maximum(done - stages, 0), done)(lambda n: plgpu.barrier_wait(q_empty.at[slot(n)]))
@@ -627,18 +645,38 @@ def backward(
 
             @pl.when(warp == 1 + buffer)
             def _(buffer=buffer):
-              add(functools.partial(add_item, buffer))
+              add(buffer)
 
+      zero = jnp.int32(0)
       if isinstance(mine, Listed):
-        zero = jnp.int32(0)
-        per_warp(lambda: drain(mine.over(fetch_item, zero)), lambda add_item: mine.over(add_item, zero))
+
+        def fetch_item(n, index, done):
+          work = item(index)
+          fetch_keys(work, done)
+          fetch_queries(work, done, 0, work.steps)
+          return done + work.steps
+
+        def add_items(buffer):
+          mine.over(lambda n, index, carry: (add(item(index), buffer), carry)[1], zero)
+
+        per_warp(lambda: drain(mine.over(fetch_item, zero)), add_items)
       else:  # a warp cannot loop until it hears that nothing is left: their warpgroup does
 
-        def one_item(n, index, done):
-          per_warp(lambda: fetch_item(n, index, done), lambda add_item: add_item(n, index, done))
-          return done + item(index).steps
+        def one_item(n, index, claim, done):
+          work = item(index)
+          then = done + work.steps
 
-        done = mine.lead(one_item, jnp.int32(0))
+          def fetch():
+            """The rest of the item, and the beginning of the next, for which nothing of the next need be added."""
+            pl.when(n == 0)(lambda: begin(work, done))
+            fetch_queries(work, done, ahead_of(work), work.steps)
+            following = claim()
+            pl.when(following >= 0)(lambda: begin(item(following), then))
+
+          per_warp(fetch, functools.partial(add, work))
+          return then
+
+        done = mine.lead(one_item, zero)
         mosaic.one_warp(lambda: drain(done))
 
   lse2, delta = _row_statistics(p, operands, out, lse, d_out, d_lse, padded)
@@ -647,6 +685,8 @@ def backward(
   *arrays, edges = _prepared(p, operands, d_out, D, Dv, block_kv)
   from_both = plgpu.Barrier(num_arrivals=NUM_WGS)
   ring, do_ring = (plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in (stages, do_stages))
+  q_ring = plgpu.Barrier(num_arrivals=3, num_barriers=stages) if p.has_segments else ring  # ids too
+  ids_of_queries = (stages, ROWS) if p.has_segments else (0, items_sm90.AHEAD)
   dk_tile, dv_tile = mosaic.smem((block_kv, D), dtype), mosaic.smem((block_kv, Dv), dtype)
   if is_wide:
     leaving = plgpu.RefUnion(*(mosaic.smem((ROWS, n), jnp.float32) for _, n in parts), dk_tile, dv_tile)
@@ -670,10 +710,10 @@ def backward(
       plgpu.SMEM((stages + do_stages, ROWS), jnp.float32),  # of queries: the LSE, then delta
       mosaic.smem((2, block_kv, ROWS), dtype, swizzle),
       leaving,
-      items_sm90.scratch(NUM_WGS + 1) if schedule is None else None,
+      items_sm90.scratch(NUM_WGS + 1, ids_of_queries) if schedule is None else None,
       plgpu.Barrier(num_arrivals=2),
       from_both,
-      *(ring, ring, do_ring, do_ring),
+      *(q_ring, ring, do_ring, do_ring),
       plgpu.Barrier(num_arrivals=1 if is_wide else NUM_WGS, num_barriers=2),
       plgpu.Barrier(num_barriers=2),
       from_both if is_interpreted else None,

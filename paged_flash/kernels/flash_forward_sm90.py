@@ -8,11 +8,12 @@ inside it. Tiles that no row of a block sees are not visited. A block stays on i
 query tiles, a few heads at a time so that K and V stay in the L2 cache. With static lengths its list is made when
 tracing (`make_schedule`), and blocks in clusters of two take neighbouring queries and each fetch half of every K and V
 tile for both. Otherwise blocks claim the next tile when they are free (`items_sm90`), the heaviest of a few heads
-first, and those past the end of their sequence are dealt apart.
+first; those past the end of their sequence are dealt apart, and written by a warp that has nothing else to do.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from paged_flash.kernels.problem import FlashOperands, FlashProblem
 
 ITEM_COST = 1.5  # of a tile of queries besides its KV tiles, in KV tiles
 MOST_ITEMS = 2**16  # of a list made when tracing
+ZERO_ROWS = 16  # written at once where queries are past the end of their sequence
 _L2_BYTES = 20 * 2**20  # of 50 on an H100 or H200, for K and V
 
 
@@ -146,7 +148,8 @@ def forward(
     schedule = make_schedule(p, order, rows_together, block_kv, workers)
   elif operands.query_lens is not None:
     live = _live_first(p, order, rows_together, operands.query_lens)
-  out_columns = Dv if Dv <= 128 else Dv // 2
+  slices = 1 if Dv <= 128 else 2 if live is None or Dv <= 192 else 4  # what shared memory holds
+  out_columns = Dv // slices
   right_masks = p.is_causal or p.window is not None or p.has_kv_lens or S % block_kv != 0
   left_masks = p.window is not None and p.window[0] is not None
   is_interpreted = interpret is not None
@@ -161,7 +164,7 @@ def forward(
   ):  # fmt: skip
     (
       q_smem, k_smem, v_smem, o_smem, lse_smem,
-      q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming,
+      q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming, nothing,
     ) = scratch  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
     ids_smem = None if claiming is None else claiming[0]  # segment ids, a row for each slot of the ring of K
@@ -246,21 +249,6 @@ def forward(
             plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
           plgpu.copy_smem_to_gmem(o_tile, out_gmem.at[work.batch, rows, work.head, pl.ds(start, out_columns)])
 
-      def write_nothing():
-        """For the tiles of queries past the end of their sequence."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        o_tile[...] = mosaic.full((ROWS, out_columns), 0.0).astype(dtype)
-        lse_tile[...] = mosaic.full((ROWS,), -jnp.inf, ROW)
-        plgpu.commit_smem()
-
-        @pl.loop(num_live + block, items, step=workers)
-        def _(index):
-          work = item(index)
-          rows = pl.ds(work.first + warpgroup * ROWS, ROWS)
-          plgpu.copy_smem_to_gmem(lse_tile, lse_gmem.at[work.batch, work.head, rows], commit_group=False)
-          for start in range(0, Dv, out_columns):
-            plgpu.copy_smem_to_gmem(o_tile, out_gmem.at[work.batch, rows, work.head, pl.ds(start, out_columns)])
-
       loop = Loop(
         dtype=dtype,
         num_wgs=num_wgs,
@@ -277,15 +265,30 @@ def forward(
       )
       tiles = Tiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
       attend(loop, tiles, warpgroup, mine)
-      if live is not None:
-        write_nothing()
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == num_wgs)
     def fetch():
       plgpu.set_max_registers(32 if num_wgs == 3 else 24, action="decrease")
+      if live is not None:
+        mosaic.zero_rows(nothing, jnp.int32(0), interpret=is_interpreted)
+        lse_smem[num_wgs] = mosaic.full((ROWS,), -jnp.inf, ROW)
+        plgpu.commit_smem()
 
-      def one_item(step, index, carry):
+      def write_nothing(index):
+        """Every so many of the tiles of queries past the end of their sequence, while an item is computed."""
+
+        @pl.loop(num_live + index, items, step=num_live)
+        def _(dead):
+          work = item(dead)
+          for row in range(0, block_q, ROWS):
+            target = lse_gmem.at[work.batch, work.head, pl.ds(work.first + row, ROWS)]
+            plgpu.copy_smem_to_gmem(lse_smem.at[num_wgs], target, commit_group=False)
+          for row, start in itertools.product(range(0, block_q, ZERO_ROWS), range(0, Dv, out_columns)):
+            rows, columns = pl.ds(work.first + row, ZERO_ROWS), pl.ds(start, out_columns)
+            plgpu.copy_smem_to_gmem(nothing, out_gmem.at[work.batch, rows, work.head, columns])
+
+      def one_item(step, index, claim, carry):
         work, done = item(index), carry[1]
         kv_head = lax.div(work.head, jnp.int32(group))
 
@@ -316,12 +319,19 @@ def forward(
           plgpu.commit_smem()
           plgpu.barrier_arrive(v_full.at[slot])
 
-        @mosaic.one_warp
-        def other_tiles():
-          @pl.loop(1, work.high - work.low)
-          def _(i):
-            fetch_tile(k_gmem, k_smem, k_full, k_empty, i)
-            fetch_tile(v_gmem, v_smem, v_full, v_empty, i)
+        @plgpu.warp_map
+        def other_tiles(warp):
+          @pl.when(warp == 0)
+          def _():
+            @pl.loop(1, work.high - work.low)
+            def _(i):
+              fetch_tile(k_gmem, k_smem, k_full, k_empty, i)
+              fetch_tile(v_gmem, v_smem, v_full, v_empty, i)
+
+            claim()
+
+          if live is not None:
+            pl.when(warp == 1)(lambda: write_nothing(index))
 
         return step + 1, done + work.high - work.low
 
@@ -337,6 +347,9 @@ def forward(
         def _(i):
           plgpu.barrier_wait(k_empty.at[lax.rem(i, jnp.int32(stages))])
           plgpu.barrier_wait(v_empty.at[lax.rem(i, jnp.int32(stages))])
+
+      if live is not None:
+        plgpu.warp_map(lambda warp: pl.when(warp == 1)(lambda: plgpu.wait_smem_to_gmem(0)))
 
   query, key, value = (mosaic.whole_groups(x) for x in operands[:3])
   # A copy of plain values is not cut at the end of its axis as one of tiles is: whole tiles of rows.
@@ -364,11 +377,12 @@ def forward(
       mosaic.smem((stages, block_kv, D), dtype),
       mosaic.smem((stages, block_kv, Dv), dtype),
       mosaic.smem((num_wgs, ROWS, out_columns), dtype),
-      plgpu.SMEM((num_wgs, ROWS), jnp.float32),
+      plgpu.SMEM((num_wgs + 1, ROWS), jnp.float32),  # the LSE; the last row is that of rows that see nothing
       plgpu.Barrier(num_barriers=query_stages),
       plgpu.Barrier(num_arrivals=num_wgs, num_barriers=query_stages),
       *(k_ring, ring_empty, ring, ring_empty, ring),
       items_sm90.scratch(num_wgs + 1, ids_of_keys) if schedule is None else None,
+      None if live is None else mosaic.smem((ZERO_ROWS, out_columns), dtype),
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     interpret=interpret,
@@ -385,10 +399,13 @@ def forward(
 
 
 def _live_first(problem: FlashProblem, order: Order, rows: int, query_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Items (i32[n]) in their order, those of `rows` queries past the end of their sequence last; i32[1], the others."""
+  """Items (i32[n]) in their order, those of `rows` queries past the end of their sequence last; i32[1], the others.
+
+  The first is always one of the others.
+  """
   index = np.arange(order.query_tiles * problem.batch * problem.num_heads)
   head, tile = order.place(index)
-  live = tile * rows < query_lens[head // problem.num_heads]
+  live = (tile * rows < query_lens[head // problem.num_heads]) | (index == 0)
   count = jnp.cumsum(live, dtype=jnp.int32)
   place = jnp.where(live, count - 1, count[-1] + index - count)
   return jnp.zeros(index.size, jnp.int32).at[place].set(index, unique_indices=True), count[-1:]

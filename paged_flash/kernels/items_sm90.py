@@ -22,10 +22,11 @@ from paged_flash.kernels import mosaic
 
 _inline: Any = plgpu.inline_mgpu
 _SCALAR = plgpu.Layout.WG_SPLAT
+_INDEX = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
 AHEAD = 2  # items that a block knows of: the one it computes and the next
 
 
-def scratch(listeners: int, rows: tuple[int, int] = (0, AHEAD)) -> tuple[Any, Any, Any]:
+def scratch(listeners: int, rows: tuple[int, int]) -> tuple[Any, Any, Any]:
   """Shared memory and barriers of a block's `Claims`, to which so many warpgroups listen.
 
   The memory is i32[rows[0] + 1, rows[1]], of which the last row is theirs: arrays of their own take 1 KiB each.
@@ -45,7 +46,9 @@ class Listed:
     """carry = body(n, index of the n-th item, carry) for all items; the last carry."""
     return lax.fori_loop(0, self.count, lambda n, carry: body(n, self.at(n), carry), carry)
 
-  lead = over
+  def lead(self, body: Callable[[Any, Any, Any, Any], Any], carry: Any) -> Any:
+    """As `Claims.lead`; there is nothing to claim."""
+    return self.over(lambda n, index, carry: body(n, index, lambda: None, carry), carry)
 
 
 class Claims:
@@ -70,16 +73,20 @@ class Claims:
     start = jnp.int32(0), self.listen(jnp.int32(0)), carry
     return lax.while_loop(lambda carry: carry[1] >= 0, one, start)[2]
 
-  def lead(self, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-    """As `over`, for the warpgroup whose first warp claims the next item when it has done with one."""
+  def lead(self, body: Callable[[Any, Any, Any, Any], Any], carry: Any) -> Any:
+    """As `over`, of body(n, index, claim, carry), for the warpgroup that claims.
+
+    Its first warp must call claim() once in every body, when the next item should be known; it returns that, or -1.
+    """
 
     def one(n, index, carry):
       carry, told = carry
-      carry = body(n, index, carry)
-      mosaic.one_warp(lambda: self._tell(n + 1, index))
-      return carry, told + 1
+      return body(n, index, lambda: self._tell(n + 1, index), carry), told + 1
 
-    mosaic.one_warp(lambda: self._tell(jnp.int32(0), None))
+    @mosaic.one_warp
+    def first():
+      self._tell(jnp.int32(0), None)
+
     carry, told = self.over(one, (carry, jnp.int32(1)))
 
     @mosaic.one_warp
@@ -97,27 +104,22 @@ class Claims:
     if self.interpret:
       index = self.places[self.places.shape[0] - 1, slot]
     else:
-
-      @_inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
-      def load(_, places, slot):
-        i32 = ir.IntegerType.get_signless(32)
-        text = "ld.shared.u32 $0, [$1];"
-        value = mgpu.utils.inline_ptx(text, _address(places, slot), result_types=i32, has_side_effects=True)
-        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
-
-      index = load(self.places, slot)
+      index = _inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INDEX)(lambda _, *place: _load(*place))(
+        self.places, slot
+      )
     plgpu.barrier_arrive(self.heard.at[slot])
     return jnp.where(index < self.count, index, -1)
 
-  def _tell(self, n: jax.Array, last: jax.Array | None) -> None:
-    """Claims the block's n-th item, in one warp; `last` is the one before, None at first."""
+  def _tell(self, n: jax.Array, last: jax.Array | None) -> jax.Array:
+    """Claims the block's n-th item, in one warp, and returns it, or -1; `last` is the one before, None at first."""
     slot = lax.rem(n, jnp.int32(AHEAD))
     pl.when(n >= AHEAD)(lambda: plgpu.barrier_wait(self.heard.at[slot]))
     if self.interpret:
-      self.places[self.places.shape[0] - 1, slot] = self.block if last is None else last + self.num_blocks
+      index = self.block if last is None else last + self.num_blocks
+      self.places[self.places.shape[0] - 1, slot] = index
     else:
 
-      @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, _SCALAR))
+      @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, _SCALAR), return_type=_INDEX)
       def store(_, places, counter, slot, block):
         with mgpu.utils.single_thread(mgpu.ThreadSubset.WARP):
           value = block.registers.item()
@@ -127,12 +129,22 @@ class Claims:
             value = mgpu.utils.inline_ptx(text, counter, result_types=i32, has_side_effects=True)
           llvm.store(value, _address(places, slot))
         mgpu.utils.inline_ptx("bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True)
+        return _load(places, slot)
 
-      store(self.places, self.counter, slot, self.block)
+      index = store(self.places, self.counter, slot, self.block)
     plgpu.barrier_arrive(self.told.at[slot])
+    return jnp.where(index < self.count, index, -1)
 
 
 def _address(places: Any, slot: Any) -> Any:
   i32, (rows, columns) = ir.IntegerType.get_signless(32), ir.MemRefType(places.type).shape
   place = arith.addi(slot.registers.item(), mgpu.utils.c((rows - 1) * columns, i32))
   return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(places), [place], i32)
+
+
+def _load(places: Any, slot: Any) -> Any:
+  i32 = ir.IntegerType.get_signless(32)
+  value = mgpu.utils.inline_ptx(
+    "ld.shared.u32 $0, [$1];", _address(places, slot), result_types=i32, has_side_effects=True
+  )
+  return mgpu.FragmentedArray.splat(value, (), is_signed=True)

@@ -82,7 +82,8 @@ def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, interpret: bool
     zero = mgpu.utils.c(0, i32)
     quad = vector.from_elements(ir.VectorType.get((4,), i32), [zero] * 4)
     thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
-    for index in range(row_tiles * column_tiles * 8 * pieces // 128):
+    count = row_tiles * column_tiles * 8 * pieces
+    for index in range(cdiv(count, 128)):
       piece = arith.addi(thread, constant(128 * index))
       line = arith.divui(piece, constant(pieces))
       tile, row = arith.divui(line, constant(8)), arith.remui(line, constant(8))
@@ -90,6 +91,8 @@ def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, interpret: bool
       outside = arith.cmpi(arith.CmpIPredicate.sge, row, first.registers.item())
       if before is not None:
         outside = arith.ori(outside, arith.cmpi(arith.CmpIPredicate.slt, row, before.registers.item()))
+      if 128 * (index + 1) > count:
+        outside = arith.andi(outside, arith.cmpi(arith.CmpIPredicate.slt, piece, constant(count)))
       with mgpu.utils.when(outside):
         offset = arith.muli(piece, constant(16))
         llvm.store(quad, mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8)))

@@ -84,6 +84,7 @@ WALKS: dict[str, tuple[Any, ...]] = {
   "spread_wide": (1, 320, 320, 7, 7, 64, {}),
   "ragged": (1, 500, 450, 2, 2, 128, {}),
   "lengths": (4, 500, 400, 2, 1, 64, dict(query_seq_lengths="query_lens", key_value_seq_lengths="kv_lens")),
+  "segments": (2, 700, 700, 2, 1, 64, dict(is_causal=True, segment_ids="segments")),
 }
 
 
