@@ -101,7 +101,7 @@ def show_rates(rows: Sequence[Row]) -> Picture:
     ax.set_xlabel("requests per second")
     ax.grid(lw=0.4)
     ax.spines[["top", "right"]].set_visible(False)
-  figure.legend(loc="outside lower center", ncols=5 if len(units) > 1 else 2, frameon=False, fontsize=9)
+  figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
   return figure
 
 
@@ -249,7 +249,8 @@ def show_preemption(rows: Sequence[Row]) -> Picture:
     axes["ms"].yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
   if "latency" in axes:
     axes["latency"].set_ylim(bottom=0)
-  figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=5 if len(units) > 1 else 2, frameon=False, fontsize=9)
+  ncols = 5 if len(units) > 1 else 2
+  figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
   return figure
 
 

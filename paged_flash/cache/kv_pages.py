@@ -145,7 +145,7 @@ def swap(kv: KVPages, out: PageCopies | None, back: PageCopies | None) -> KVPage
   """Copies pages of all layers into host memory, then others from there into the pool. Consumes `kv`.
 
   The loops run once per page. The layers of a page lie apart in the pool and together in host memory, so that a page
-  crosses in one piece; host memory is only ever sliced and updated, which XLA does in place.
+  crosses in one piece; host memory is only ever sliced and updated, which XLA does in place. It cannot reshape there.
 
   Args:
     kv: the pool; consumed.
@@ -159,13 +159,13 @@ def swap(kv: KVPages, out: PageCopies | None, back: PageCopies | None) -> KVPage
   layers = jnp.arange(kv.num_layers) * kv.num_pages  # i32[L]
 
   def leave(src, dst, pools, hosts):
-    pages = [jax.device_put(pool[layers + src], jax.memory.Space.Host) for pool in pools]
-    updated = [lax.dynamic_update_index_in_dim(h, page, dst, 0) for h, page in zip(hosts, pages, strict=True)]
+    pages = [jax.device_put(pool[layers + src][None], jax.memory.Space.Host) for pool in pools]
+    updated = [lax.dynamic_update_slice_in_dim(h, page, dst, 0) for h, page in zip(hosts, pages, strict=True)]
     return pools, tuple(updated)
 
   def enter(src, dst, pools, hosts):
-    pages = [jax.device_put(lax.dynamic_index_in_dim(h, src, keepdims=False), jax.memory.Space.Device) for h in hosts]
-    updated = [pool.at[layers + dst].set(p, unique_indices=True) for pool, p in zip(pools, pages, strict=True)]
+    pages = [jax.device_put(lax.dynamic_slice_in_dim(h, src, 1), jax.memory.Space.Device) for h in hosts]
+    updated = [pool.at[layers + dst].set(p[0], unique_indices=True) for pool, p in zip(pools, pages, strict=True)]
     return tuple(updated), hosts
 
   moved = (kv.k, kv.v), kv.host
