@@ -246,7 +246,9 @@ def show_preemption(rows: Sequence[Row]) -> Picture:
     ax.spines[["top", "right"]].set_visible(False)
   if "ms" in axes:
     axes["ms"].set_yscale("log")
+    axes["ms"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes["ms"].yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    axes["ms"].yaxis.set_minor_locator(NullLocator())
   if "latency" in axes:
     axes["latency"].set_ylim(bottom=0)
   ncols = 5 if len(units) > 1 else 2
