@@ -13,7 +13,7 @@ device memory, 64k of host memory. On a GPU with the sizes of OPT-13B (its feed-
     python -m experiments.preemption --config=configs/preemption/figure19.py:opt13b
 
 Expected on a CPU: swapping is a copy in memory and far cheaper than recomputing at every page size. On a GPU: a copy
-through the bus takes a few us a page beside its bytes, so that pages of 1 cost the most. Found: so it is, and recomputing
+through the bus takes a few us a page beside its bytes, so that pages of 1 cost the most. Found: so it is; recomputing
 takes twice as long as swapping from pages of 16 on, and longer below 8, where no kernel of ours reads pages.
 """
 
