@@ -26,7 +26,7 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
-from experiments import allocation, capacity, composition, recompute, training
+from experiments import allocation, attention_tiles, capacity, composition, recompute, training
 from paged_flash.analysis import (
   human_bytes,
   show_attention_bars,
@@ -96,6 +96,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Picture]] = {
   "allocation": lambda result: allocation.figure(result["rows"]),
   "capacity": lambda result: capacity.figure(result["rows"]),
   "training": lambda result: training.figure(result["rows"]),
+  "attention_tiles": lambda result: attention_tiles.figure(result["rows"]),
   "recompute": lambda result: recompute.figure(result["rows"]),
   "composition": lambda result: composition.figure(result["rows"]),
   "preemption": lambda result: show_preemption(result["rows"]),

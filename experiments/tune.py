@@ -42,6 +42,7 @@ class Grid:
   block_kv: tuple[int, ...] = ()
   stages: tuple[int, ...] = ()
   num_wgs: tuple[int, ...] = ()
+  cluster: tuple[int, ...] = ()
 
   def candidates(self) -> list[Tiles]:
     taken = {name: values for name, values in dataclasses.asdict(self).items() if values}

@@ -287,7 +287,7 @@ def backward(
         low = jnp.where(keys < positions.kv_len, low, ROWS)
         high = None if positions.left is None else keys - positions.offset + positions.left + 1 - first_query
         kept = mosaic.keep(s, low, high, interpret=is_interpreted)
-        if p.has_segments:
+        if ids_smem is not None:
           ids = plgpu.load(ids_smem.at[at], layout=COLUMN, optimized=False)
           kept = jnp.where(across(own, s) == down(ids, s), kept, -jnp.inf)
         return kept

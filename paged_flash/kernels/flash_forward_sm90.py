@@ -167,7 +167,7 @@ def forward(
       q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming, nothing,
     ) = scratch  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-    ids_smem = None if claiming is None else claiming[0]  # segment ids, a row for each slot of the ring of K
+    ids_smem = claiming[0] if p.has_segments else None  # segment ids, a row for each slot of the ring of K
     num_live = jnp.int32(items) if live is None else live[1][0]
     if table is not None:
       mine = Listed(count=table[block, 0], at=lambda step: table[block, 1 + step])
@@ -202,7 +202,7 @@ def forward(
         low = work.positions.low(rows) - column if left_masks else None
         high = work.positions.high(rows) - column if right_masks else None
         s = mosaic.keep(s, low, high, interpret=is_interpreted)
-        if p.has_segments:
+        if ids_smem is not None:
           row_ids = plgpu.load(query_ids.at[work.batch, pl.ds(row, ROWS)], layout=ROW, optimized=False)
           ids = plgpu.load(ids_smem.at[k], layout=COLUMN, optimized=False)
           s = jnp.where(across(row_ids, s) == down(ids, s), s, -jnp.inf)
@@ -299,7 +299,7 @@ def forward(
           plgpu.copy_gmem_to_smem(
             gmem.at[work.batch, keys, kv_head], ring.at[slot], full.at[slot], collective_axes=pair
           )
-          if p.has_segments and ring is k_smem:
+          if ids_smem is not None and ring is k_smem:
             plgpu.copy_gmem_to_smem(kv_ids.at[work.batch, keys], ids_smem.at[slot], full.at[slot])
 
         @mosaic.one_warp

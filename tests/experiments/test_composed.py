@@ -89,6 +89,19 @@ def test_a_gain_in_training_is_judged_and_what_does_not_fit_is_said():
     assert training.judged(CLAIM, wrong)["ours"] == "wrong at 1024"
 
 
+def test_a_prefill_is_judged_by_the_score_matrix_s():
+  claim = dataclasses.replace(CLAIM, number="4c")
+
+  def rows(naive_ms):
+    ways = {"naive contiguous": naive_ms, "naive paged": 1.0, "flash contiguous": 10.0, "flash paged": 12.0}
+    return [dict(way=way, prefill_ms=ms) for way, ms in ways.items()]
+
+  verdicts = [composition.judged(claim, rows(ms))["verdict"] for ms in (24.0, 16.0, 12.0)]
+  assert verdicts == ["reproduced", "in part", "not reproduced"]
+  assert composition.judged(claim, rows(24.0))["ours"] == "2.40 x (24 to 10 ms), from pages 2.00 x"
+  assert composition.judged(claim, rows(None))["ours"] == "not measured"
+
+
 def test_four_ways_give_the_same_tokens_and_pages_fit_more(tmp_path: pathlib.Path):
   settings = dataclasses.replace(config.load("configs/composition/llama_1b.py:smoke"), memory_bytes=700_000)
   rows = {row["way"]: row for row in composition.run(settings, Workdir.create(tmp_path, settings))}
