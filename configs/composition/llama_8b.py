@@ -7,7 +7,8 @@ attention; what a whole prefill gains is less, for attention is a part of it.
 
 Llama-3-8B's shape with random weights in bf16, 16 GB; a prefill of 2 prompts of 8192 tokens; 40 GiB for KV cache and
 temporaries; prompts of 1024 to 8192 tokens, outputs of 1 to 1024. Expected: attention's products are a seventh of the
-prefill's, and the score matrix, 32 GiB of float32 a layer read and written several times, makes it twice as long. Not measured yet.
+prefill's, and the score matrix, 32 GiB of float32 a layer read and written several times, makes it twice as long.
+Not measured yet.
 """
 
 import dataclasses
