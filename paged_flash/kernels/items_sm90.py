@@ -104,10 +104,13 @@ class Claims:
     if self.interpret:
       index = self.places[self.places.shape[0] - 1, slot]
     else:
-      index = _inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INDEX)(lambda _, *place: _load(*place))(
-        self.places, slot
-      )
-    plgpu.barrier_arrive(self.heard.at[slot])
+
+      @_inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INDEX)
+      def load(_, places, slot):
+        return _load(places, slot)
+
+      index = load(self.places, slot)
+    plgpu.barrier_arrive(self.heard.at[slot])  # by every thread: none is an item behind
     return jnp.where(index < self.count, index, -1)
 
   def _tell(self, n: jax.Array, last: jax.Array | None) -> jax.Array:
