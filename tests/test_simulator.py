@@ -177,6 +177,21 @@ def test_mapped_runs_are_the_runs():
     assert together[0].end.tolist() != alone.end.tolist()
 
 
+def test_policies_and_pools_of_any_size_are_mapped_into_one_program():
+  rng = np.random.default_rng(4)
+  prompts, outputs = rng.integers(1, 20, 24), rng.integers(1, 12, 24)
+  run: dict[str, Any] = dict(num_slots=3, token_budget=16, queue_size=12)
+  orders = [policies.first_come, policies.shortest_first, policies.first_come, policies.shortest_first]
+  memory = [Paged(num_pages=n, page_size=4) for n in (9, 9, 30, 30)]
+  together = sweep(prompts, outputs, memory=memory, policy=orders, **run)
+  for served, pool, policy in zip(together, memory, orders, strict=True):
+    alone = simulate(prompts, outputs, memory=pool, policy=policy, **run)
+    jax.tree.map(np.testing.assert_array_equal, vars(served), vars(alone))
+  assert len({tuple(served.end) for served in together}) == 4
+  with pytest.raises(ValueError, match="one for each of 4 memories, got 2"):
+    sweep(prompts, outputs, memory=memory, policy=orders[:2], **run)
+
+
 def test_pages_are_shared_by_what_they_hold():
   prompts, outputs = [9, 9, 12, 5], [3, 3, 2, 2]
   contents = np.array([[1, 2, 10], [1, 2, 11], [1, 3, 12], [4, 13, -1]], np.int32)

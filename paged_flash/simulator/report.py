@@ -162,7 +162,7 @@ def simulate(
   workloads, settings = _prepare(
     prompt_lens, output_lens, [memory], None if arrivals is None else [arrivals], num_slots=num_slots,
     token_budget=token_budget, chunk_size=chunk_size, latency=latency, log_size=log_size,
-    contents=contents, samples=samples, policy=policy, preemption=preemption, is_static=is_static,
+    contents=contents, samples=samples, policies=[policy], preemption=preemption, is_static=is_static,
     queue_size=queue_size,
   )  # fmt: skip
   return _served(workloads[0], _jitted(workloads[0], settings), settings.ticks_per_s)
@@ -180,7 +180,7 @@ def sweep(
   latency: LatencyModel | None = None,
   contents: np.ndarray | None = None,
   samples: int = 1,
-  policy: scheduler.Policy = scheduler.first_come,
+  policy: scheduler.Policy | Sequence[scheduler.Policy] = scheduler.first_come,
   preemption: swapping.Preemption = swapping.always,
   is_static: bool = False,
   queue_size: int | None = None,
@@ -191,15 +191,25 @@ def sweep(
   Args:
     memory: of each run; all paged with one page size and host memory, or all contiguous for one longest sequence.
     arrivals: of each run; None for all at 0.
+    policy: of all runs, or one for each.
     The others: as in `simulate`.
 
   Raises:
-    ValueError: as in `simulate`, or memories that differ in kind.
+    ValueError: as in `simulate`, memories that differ in kind, or not as many policies as memories.
+
+  Example:
+    >>> from paged_flash import policies
+    >>> runs = dict(memory=[Paged(num_pages=8, page_size=4)] * 2, policy=[policies.first_come, policies.shortest_first])
+    >>> [served.end.tolist() for served in sweep([9, 5], [3, 2], num_slots=1, token_budget=16, **runs)]
+    [[3.0, 5.0], [5.0, 2.0]]
   """
+  policies = [policy] * len(memory) if callable(policy) else list(policy)
+  if len(policies) != len(memory):
+    raise ValueError(f"policy must be one, or one for each of {len(memory)} memories, got {len(policies)}")
   workloads, settings = _prepare(
     prompt_lens, output_lens, memory, arrivals, num_slots=num_slots,
     token_budget=token_budget, chunk_size=chunk_size, latency=latency, log_size=log_size,
-    contents=contents, samples=samples, policy=policy, preemption=preemption, is_static=is_static,
+    contents=contents, samples=samples, policies=policies, preemption=preemption, is_static=is_static,
     queue_size=queue_size,
   )  # fmt: skip
   outcomes = _mapped(jax.tree.map(lambda *runs: jnp.stack(runs), *workloads), settings)
@@ -218,7 +228,8 @@ _mapped = functools.partial(jax.jit, static_argnames="settings")(
 
 def _prepare(
   prompt_lens, output_lens, memories, arrivals, *,
-  num_slots, token_budget, chunk_size, latency, contents, samples, policy, preemption, is_static, queue_size, log_size,
+  num_slots, token_budget, chunk_size, latency, contents, samples, policies, preemption, is_static, queue_size,
+  log_size,
 ) -> tuple[list[Workload], Settings]:  # fmt: skip
   """Checked workloads, one for each memory, and the settings they share."""
   prompts, outputs = np.asarray(prompt_lens, np.int32), np.asarray(output_lens, np.int32)
@@ -238,7 +249,7 @@ def _prepare(
   prompts, outputs = np.repeat(prompts, samples), np.repeat(outputs, samples)
   longest, first = int((prompts + outputs).max()), memories[0]
   per_s = 1 if latency is None else _TICKS_PER_S
-  workloads = []
+  workloads, distinct = [], list(dict.fromkeys(policies))
   for i, memory in enumerate(memories):
     if isinstance(memory, Paged):
       kind, pages = (Paged, memory.page_size, memory.num_host_pages), cdiv(longest, memory.page_size)
@@ -274,6 +285,7 @@ def _prepare(
         reserve=blocks,
         contents=None if contents is None or blocks is not None else jnp.asarray(np.repeat(contents, samples, axis=0)),
         memory=jnp.int32(size),
+        policy=jnp.int32(distinct.index(policies[i])),
       )
     )
   settings = Settings(
@@ -286,7 +298,7 @@ def _prepare(
     chunk_size=chunk_size,
     queue_size=queue_size,
     samples=samples,
-    policy=policy,
+    policies=tuple(distinct),
     preemption=preemption,
     is_static=is_static,
     latency=latency,

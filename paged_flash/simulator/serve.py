@@ -2,10 +2,11 @@
 
 It runs the very `plan` and `commit` that serve, over requests that have lengths but no tokens. What is held at every
 step is exact; how long the step takes is a `LatencyModel`'s word. `serve` is pure: jit it, map it over arrival times,
-sizes of memory or what is reserved.
+sizes of memory, policies or what is reserved.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ class Workload:
   reserve: jax.Array | None  # i32[R]  tokens that each reserves contiguously; None: pages
   contents: jax.Array | None  # i32[R, P]  what each page holds: equal numbers after equal pages are shared; None: never
   memory: jax.Array  # i32[]  pages of the pool that may be used, or tokens of contiguous memory
+  policy: jax.Array  # i32[]  which of `Settings.policies`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Settings:
   chunk_size: int | None
   queue_size: int  # requests, running or waiting, that the policy sees
   samples: int  # of each prompt, where there are pages to share
-  policy: scheduler.Policy
+  policies: tuple[scheduler.Policy, ...]  # those of all runs; pages only
   preemption: swapping.Preemption
   is_static: bool  # a batch begins only when the one before it has ended
   latency: LatencyModel | None  # None: a step takes a tick
@@ -165,8 +167,11 @@ def _step(workload: Workload, settings: Settings, carry: _Carry) -> _Carry:
     stats = _stats(workload, state, plan, refused)
     state, events = contiguous.commit(state, plan, *said)
   else:
+    policy = settings.policies[0]
+    if len(settings.policies) > 1:
+      policy = functools.partial(lax.switch, workload.policy, settings.policies)
     state, plan = scheduler.plan(
-      state, token_budget=budget, chunk_size=chunk, policy=settings.policy, preemption=settings.preemption
+      state, token_budget=budget, chunk_size=chunk, policy=policy, preemption=settings.preemption
     )
     stats = _stats(workload, state, plan, refused)
     state, events = scheduler.commit(state, plan, *said)
