@@ -41,19 +41,24 @@ class Config:
   result: str = ""  # name under experiments/results/attention_io/<device>/ to write to; "" writes none
 
 
+def theory_bytes(case: Case, rows: int, itemsize: int) -> float:
+  """What Theorem 2 says of tiles of so many queries: K and V pass through once for each; Q, O and the LSE once."""
+  queries = case.batch * case.num_heads * case.seq_len
+  return queries * case.seq_len * 2 * case.head_dim * itemsize / rows + queries * (2 * case.head_dim * itemsize + 4)
+
+
 def row(case: Case, tile: tuple[int, int], config: Config) -> dict:
   """What one length and tile size moves, in bytes."""
   wgs, cluster = tile
   problem, size = problem_of(case, TrafficConfig(dtype=config.dtype)), jnp.dtype(config.dtype).itemsize
   tiles = dict(num_wgs=wgs, block_kv=config.block_kv, stages=2, cluster=cluster)
   traffic, rows = flash_traffic(problem, tiles), ROWS * wgs * cluster
-  passes = case.batch * case.num_heads * case.seq_len**2 * 2 * case.head_dim * size / rows
   return dict(
     seq_len=case.seq_len,
     scores=case.batch * case.num_heads * case.seq_len**2,
     rows=rows,
     flash_bytes=traffic.l2.total,
-    theory_bytes=passes + case.batch * case.num_heads * case.seq_len * (2 * case.head_dim * size + 4),
+    theory_bytes=theory_bytes(case, rows, size),
     flash_hbm_bytes=traffic.hbm.total,
     naive_bytes=naive_traffic(problem).total,
     compulsory_bytes=traffic.compulsory.total,

@@ -235,6 +235,22 @@ def test_impossible_sizes_are_named(tiny):
     Engine(tiny, **SIZES, num_host_pages=-1)
 
 
+@pytest.mark.parametrize("num_host_pages", [1, 3, pytest.param(1, marks=pytest.mark.gpu)])
+def test_a_page_leaves_and_comes_back_elsewhere_with_what_it_held(num_host_pages):
+  """Where host memory has one page, XLA for GPUs must not be asked to drop its axis of one there."""
+  L, N = 4, 3
+  sizes = dict(num_layers=L, num_pages=N, page_size=16, num_kv_heads=2, head_dim=64, num_host_pages=num_host_pages)
+  kv = kv_pages.init(**sizes, dtype=jnp.bfloat16)
+  before = [jax.random.normal(jax.random.key(i), kv.k.shape, kv.k.dtype) for i in range(2)]
+  kv = dataclasses.replace(kv, k=jnp.copy(before[0]), v=jnp.copy(before[1]))
+  here, there, elsewhere = jnp.array([2]), jnp.array([num_host_pages - 1]), jnp.array([0])
+  out, back = PageCopies(src=here, dst=there), PageCopies(src=there, dst=elsewhere)
+  kv = jax.jit(kv_pages.swap, donate_argnames="kv")(kv, out, back)
+  for old, new in zip(before, (kv.k, kv.v), strict=True):
+    old, new = (np.asarray(x, np.float32).reshape(L, N, -1) for x in (old, new))
+    np.testing.assert_array_equal(new, old[:, [2, 1, 2]])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("driver", ["host", "device"])
 def test_on_a_gpu_host_pages_are_pinned_and_the_tokens_those_of_a_roomy_pool(tiny, asked, driver):

@@ -145,8 +145,7 @@ def _plan(
   p = problem
   query_tiles, kv_tiles, heads = cdiv(p.query_len, ROWS), cdiv(p.kv_len, block_kv), p.batch * p.num_kv_heads
   items = heads * kv_tiles
-  is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
-  has_masks = not is_static or p.is_causal or p.window is not None or p.kv_len % block_kv != 0
+  has_masks = not p.is_static or p.is_causal or p.window is not None or p.kv_len % block_kv != 0
   at_once = min(num_blocks // kv_tiles, heads)
   spread = not has_masks and at_once > 0 and items <= MOST_ITEMS
   spread = spread and cdiv(heads, at_once) == cdiv(items, num_blocks)
@@ -157,7 +156,7 @@ def _plan(
     most = max(1, min(2 * num_blocks // kv_tiles, L2_BYTES // bytes_))
     width = max(n for n in range(1, most + 1) if n == 1 or heads % (2 * n) == 0)
   schedule = None
-  if is_static and items <= MOST_ITEMS:
+  if p.is_static and items <= MOST_ITEMS:
     schedule = _schedule(p, block_kv, width, min(num_blocks, items))
   group = p.num_heads // p.num_kv_heads
   turns = not (spread or p.has_segments)

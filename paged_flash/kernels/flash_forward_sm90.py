@@ -85,7 +85,7 @@ def kernel_order(problem: FlashProblem, rows: int) -> Order:
   return Order(
     query_tiles=cdiv(p.query_len, rows),
     group_heads=p.num_heads // p.num_kv_heads * _heads_together(p),
-    is_heavy_first=p.is_causal or p.has_query_lens or p.has_kv_lens or p.has_segments,
+    is_heavy_first=p.is_causal or not p.is_static,
   )
 
 
@@ -136,15 +136,14 @@ def forward(
   p = problem
   T, S, H, D, Dv, dtype = p.query_len, p.kv_len, p.num_heads, p.head_dim, p.value_dim, operands.query.dtype
   block_q, group = ROWS * num_wgs, H // p.num_kv_heads
-  is_static = not (p.has_query_lens or p.has_kv_lens or p.has_segments)
-  cluster = cluster if is_static else 1
+  cluster = cluster if p.is_static else 1
   rows_together = block_q * cluster
   query_tiles = cdiv(T, rows_together)
   items = query_tiles * p.batch * H
   order = kernel_order(p, rows_together)
   workers = min(num_blocks // cluster, items)
   schedule = live = None
-  if cluster == 2 or (is_static and items <= MOST_ITEMS):
+  if cluster == 2 or (p.is_static and items <= MOST_ITEMS):
     schedule = make_schedule(p, order, rows_together, block_kv, workers)
   elif operands.query_lens is not None:
     live = _live_first(p, order, rows_together, operands.query_lens)

@@ -32,6 +32,11 @@ class FlashProblem:
   has_bias: bool
   has_sinks: bool
 
+  @property
+  def is_static(self) -> bool:
+    """Whether the shapes alone say which tiles see each other."""
+    return not (self.has_query_lens or self.has_kv_lens or self.has_segments or self.has_mask)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PagedProblem:

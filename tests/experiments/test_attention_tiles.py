@@ -7,7 +7,7 @@ import pytest
 
 from experiments import attention_tiles
 from experiments.attention_cases import Case
-from experiments.attention_tiles import judged, moved_bytes, queries_of
+from experiments.attention_tiles import judged, queries_of, theory_bytes
 from experiments.attention_traffic import Config as TrafficConfig
 from experiments.attention_traffic import problem_of
 from experiments.claims import Claim
@@ -22,14 +22,14 @@ def test_bytes_are_those_that_the_kernel_s_schedule_asks_for(wgs, cluster):
   case = Case(batch=2, seq_len=2048, num_heads=4, num_kv_heads=4, head_dim=128, is_causal=False)
   tiles = dict(num_wgs=wgs, block_kv=128, stages=2, cluster=cluster)
   asked = flash_traffic(problem_of(case, TrafficConfig()), tiles).l2.total
-  assert moved_bytes(case, queries_of(tiles), 2) == pytest.approx(asked, rel=0.01)
+  assert theory_bytes(case, queries_of(tiles), 2) == pytest.approx(asked, rel=0.01)
 
 
 def test_every_tile_is_checked_and_timed(tmp_path: pathlib.Path):
   settings = config.load("configs/attention_tiles/h200.py:smoke")
   rows = attention_tiles.run(settings, Workdir.create(tmp_path, settings))
   assert [row["queries"] for row in rows] == [32, 128] and all(row["us"] > 0 for row in rows)
-  assert rows[0]["moved_bytes"] > 2.9 * rows[1]["moved_bytes"]  # 8 passes of K and V for 2, Q and O beside them
+  assert rows[0]["theory_bytes"] > 2.9 * rows[1]["theory_bytes"]  # 8 passes of K and V for 2, Q and O beside them
   masked = dataclasses.replace(settings, problems=(dataclasses.replace(settings.problems[0], is_causal=True),))
   with pytest.raises(ValueError, match="full attention"):
     attention_tiles.run(masked, Workdir.create(tmp_path, masked))

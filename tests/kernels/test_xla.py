@@ -49,7 +49,7 @@ def test_only_blocks_with_visible_pairs_are_visited(name):
       for i in range(counts[0])
     ]
   )
-  is_exact = not (problem.has_segments or problem.has_mask or problem.has_query_lens or problem.has_kv_lens)
+  is_exact = problem.is_static
   for all_bounds, table in ((kv_bounds, needed), (query_bounds, needed.T)):
     for index, row in enumerate(table):
       begin, end = all_bounds[:, index]
