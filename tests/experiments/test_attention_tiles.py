@@ -37,7 +37,7 @@ def test_every_tile_is_checked_and_timed(tmp_path: pathlib.Path):
 
 def test_time_must_fall_until_it_no_longer_does():
   def rows(*times, case="c"):
-    return [dict(case=case, queries=64 * (i + 1), us=us) for i, us in enumerate(times)]
+    return [dict(case=case, queries=64 * (i + 1), us=us, tiles={}) for i, us in enumerate(times)]
 
   assert judged(CLAIM, rows(15.0, 10.0, 11.0))["verdict"] == "reproduced"
   assert judged(CLAIM, rows(10.5, 10.0))["verdict"] == "not reproduced"  # hardly falls
@@ -45,5 +45,19 @@ def test_time_must_fall_until_it_no_longer_does():
   both = rows(15.0, 10.0) + rows(10.0, 10.0, case="d")
   assert judged(CLAIM, both)["verdict"] == "in part"
   assert judged(CLAIM, both)["ours"] == "c: 1.50 at 64, 1.00 at 128; d: 1.00 at 64, 1.00 at 128"
-  fastest = rows(15.0, 10.0) + [dict(case="c", queries=64, us=12.0), dict(case="c", queries=192, us=None)]
+  fastest = rows(15.0, 10.0) + [dict(case="c", queries=q, us=us, tiles={}) for q, us in ((64, 12.0), (192, None))]
   assert judged(CLAIM, fastest)["ours"] == "c: 1.20 at 64, 1.00 at 128"
+
+
+def test_bytes_alone_are_told_by_pairs_of_the_smallest_tiles():
+  def rows(pair):
+    alone = [dict(case="c", queries=64 * n, us=us, theory_bytes=n, tiles={}) for n, us in ((1, 15.0), (2, 10.0))]
+    return [*alone, dict(case="c", queries=128, us=pair, theory_bytes=2, tiles=dict(cluster=2))]
+
+  assert judged(CLAIM, rows(12.0))["verdict"] == "reproduced"
+  assert judged(CLAIM, rows(15.0))["verdict"] == "in part"  # half the bytes, and no faster
+  assert judged(CLAIM, rows(15.0))["ours"].endswith(
+    "1.50 at 64, 1.00 at 128 (1.50 in pairs of 64, with half the bytes)"
+  )
+  ticks = attention_tiles.figure(rows(15.0)).axes[0].get_xticklabels()
+  assert [tick.get_text() for tick in ticks] == ["64", "2 x 64", "128"]
