@@ -32,6 +32,9 @@ No deadlock: an item (one KV tile of one kv head) waits only for earlier ones or
 section, which all run at the same time; blocks compute their items in order, and start in the order of their first
 ones. There are never more blocks than multiprocessors: they stay on theirs, and the next keys are on their way while dK
 and dV leave. With static lengths they work on a list of items (`_schedule`), otherwise they claim them (`items_sm90`).
+
+What is done once for each row, delta before and the conversion of dQ after, is left to XLA unless queries have lengths:
+then `live_rows_sm90` passes over those that are there.
 """
 
 import dataclasses
@@ -45,7 +48,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import items_sm90, mosaic
+from paged_flash.kernels import items_sm90, live_rows_sm90, mosaic
 from paged_flash.kernels.flash_forward_sm90 import Positions
 from paged_flash.kernels.items_sm90 import Claims, Listed
 from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, across, cdiv, divide, down
@@ -678,7 +681,7 @@ def backward(
         done = mine.lead(one_item, zero)
         mosaic.one_warp(lambda: drain(done))
 
-  lse2, delta = _row_statistics(p, operands, out, lse, d_out, d_lse, padded)
+  lse2, delta = _row_statistics(p, operands, out, lse, d_out, d_lse, padded, interpret)
   visits, visited = _visits(p, operands, block_kv)
   ids = _segment_ids(operands, block_kv)
   *arrays, edges = _prepared(p, operands, d_out, D, Dv, block_kv)
@@ -736,12 +739,15 @@ def backward(
     seen = (visits[:, :, 0, None] <= tile) & (tile < visits[:, :, 1, None])  # bool[B, KV tiles, query tiles]
     seen = jnp.repeat(seen.swapaxes(0, 1), ROWS, axis=2)[:, :, None, :, None]
     dq = jnp.where(seen, dq, 0).sum(0)
-  dq = jnp.where(jnp.repeat(visited, ROWS, axis=1)[:, None, :, None], dq * p.scale, 0)
+  if p.has_query_lens:
+    dq = live_rows_sm90.finished(dq, visited, p.scale, operands.query.shape, dtype, interpret=interpret)
+  else:
+    dq = jnp.where(jnp.repeat(visited, ROWS, axis=1)[:, None, :, None], dq * p.scale, 0)
+    dq = dq[:, :, :T, : p.head_dim].swapaxes(1, 2).astype(dtype)
   d_sinks = None
   if operands.sinks is not None:
     weight = jnp.exp2(operands.sinks.astype(jnp.float32)[:, None] * LOG2_E - lse2)  # f32[B, H, padded T]
     d_sinks = -(weight * delta).sum((0, 2)).astype(operands.sinks.dtype)
-  dq = dq[:, :, :T, : p.head_dim].swapaxes(1, 2).astype(dtype)
   return FlashGradients(dq, dk[:, :S, :, : p.head_dim], dv[:, :S, :, : p.value_dim], None, d_sinks)
 
 
@@ -769,10 +775,17 @@ def _schedule(problem: FlashProblem, block_kv: int, width: int, num_blocks: int)
   return mosaic.deal(costs, num_blocks)
 
 
-def _row_statistics(problem, operands, out, lse, d_out, d_lse, padded):
-  """The LSE in base 2 (infinite for rows that saw nothing) and delta, f32[B, H, padded T]."""
+def _row_statistics(problem, operands, out, lse, d_out, d_lse, padded, interpret):
+  """The LSE in base 2 (infinite for rows that saw nothing) and delta, f32[B, H, padded T].
+
+  Rows past the end of their sequence saw nothing, so it does not matter that `row_dots` leaves them out.
+  """
   dead = lse == -jnp.inf
-  delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
+  if problem.has_query_lens:
+    dots = live_rows_sm90.row_dots(out, d_out, operands.query_lens, interpret=interpret)[..., : problem.query_len]
+  else:
+    dots = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+  delta = dots - d_lse
   pad = ((0, 0), (0, 0), (0, padded - problem.query_len))
   lse2 = jnp.pad(jnp.where(dead, jnp.inf, lse * LOG2_E), pad, constant_values=jnp.inf)
   return lse2, jnp.pad(jnp.where(dead, 0.0, delta), pad)

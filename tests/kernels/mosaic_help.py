@@ -34,6 +34,15 @@ CASES = {
   "segments_long": (1, 256, 256, 1, 1, 64, dict(num_wgs=1), dict(segment_ids="long_segments")),
   "segments_random": (1, 130, 200, 1, 1, 64, dict(num_wgs=1), dict(segment_ids=("random_query_ids", "random_ids"))),
   "lengths": (3, 66, 90, 1, 1, 64, dict(num_wgs=1, num_blocks=2), dict(is_causal=True, **LENS)),
+  "lengths_edges": (
+    *(6, 133, 90, 2, 1, (96, 64), {}),
+    dict(
+      is_causal=True,
+      query_seq_lengths=cases.i32(0, 1, 63, 64, 65, 133),
+      key_value_seq_lengths=cases.i32(90, 90, 1, 65, 0, 64),
+      sinks="sinks",
+    ),
+  ),
   "lengths_self": (2, 77, 77, 1, 1, 64, {}, dict(is_causal=True, key_value_seq_lengths="kv_lens")),
   "sinks_cap": (1, 70, 130, 2, 2, 64, {}, dict(sinks="sinks", logits_soft_cap=3.0, scale=0.4)),
   "value_dim_64": (1, 130, 130, 1, 1, (128, 64), {}, dict(is_causal=True)),

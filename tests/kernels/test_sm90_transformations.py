@@ -63,3 +63,18 @@ def test_shard_map_lowers(spec, check_vma):
     assert lowered(sharded, *shapes).count("mosaic_gpu_v2") == 1
     grad = jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     assert lowered(grad, *shapes).count("mosaic_gpu_v2") == 2
+
+
+def test_shard_map_of_lengths_lowers():
+  """With lengths the backward pass is three kernels: what it adds up, and the passes before and after."""
+  x, lens = jax.ShapeDtypeStruct((4, 256, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
+  mesh = AbstractMesh((4,), ("x",), abstract_device=H200, axis_types=(AxisType.Auto,))
+
+  def attend(query, lens):
+    lengths = dict(query_seq_lengths=lens, key_value_seq_lengths=lens)
+    return pf.flash_attention(query, query, query, **lengths, implementation="sm90")
+
+  with use_abstract_mesh(mesh):
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    grad = jax.jit(jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum()))
+    assert grad.trace(x, lens).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") == 4
