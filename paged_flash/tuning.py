@@ -15,7 +15,7 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from paged_flash.kernels import mosaic, paged_decode_sm90, paged_sm90
+from paged_flash.kernels import flash_backward_sm90, mosaic, paged_decode_sm90, paged_sm90
 from paged_flash.kernels.problem import FlashProblem, PagedProblem, Problem
 
 TABLES = pathlib.Path(__file__).parent / "data" / "tiles"
@@ -79,11 +79,14 @@ def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
   return tiles
 
 
-def _heuristic(problem: Problem, stage: str) -> dict[str, int]:
+def _heuristic(problem: FlashProblem, stage: str) -> dict[str, int]:
   """What measured best on an H200, by head_dim."""
-  size = max(problem.head_dim, getattr(problem, "value_dim", 0))
+  size = max(problem.head_dim, problem.value_dim)
   if stage == "backward":
-    return {"stages": 3 if size <= 64 else 2}
+    if size > 64:
+      return {"stages": 2}
+    block_q = max(n for n in flash_backward_sm90.blocks_of_queries(problem) if n <= max(64, problem.query_len))
+    return {"block_q": block_q, "stages": 2 if block_q == 128 else 3}
   if size <= 64:
     return {"num_wgs": 3, "block_kv": 128, "stages": 3, "query_stages": 2}
   return {"num_wgs": 2, "block_kv": 128 if size <= 128 else 64, "stages": 2}

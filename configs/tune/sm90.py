@@ -31,7 +31,7 @@ def get_config(variant: str = "full") -> Config:
       for b, t, h, d, causal in SHAPES
     ),
     forward=Grid(block_kv=(64, 128, 192, 256), stages=(2, 3), num_wgs=(2, 3)),
-    backward=Grid(stages=(2, 3)),
+    backward=Grid(block_q=(64, 128), stages=(2, 3)),
   )
   smoke = dataclasses.replace(
     full,

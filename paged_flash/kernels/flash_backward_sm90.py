@@ -12,6 +12,10 @@ memory because both warpgroups need all of it for dQ, of which each computes one
 tensor cores when the next step begins, and for head_dim 64 S^T of the next step is issued behind dQ. dQ of a step
 leaves when the warpgroups meet in the next one: two warps add its tiles in turn to an f32 array in global memory.
 
+What a step costs whatever its size weighs most for head_dim 64. There a step may take 128 queries (`block_q`), which
+come, are waited for, and leave together; all but dQ is computed for one half of them after the other, since registers
+do not hold the scores of both. Each warpgroup computes dQ of one half.
+
 Above head_dim 128 the registers hold dK and dV of 64 keys only, and the two warpgroups differ (`compute_role`): one
 computes S^T, P^T and dV, the other dP^T, dS^T and dK, and each one part of dQ's columns, which are added apart, with a
 counter of their own. The first runs ahead: its dQ leaves and its next P^T is computed while the other multiplies.
@@ -59,7 +63,7 @@ NUM_WGS = 2
 WIDE = 128  # columns of dQ that leave at once where head_dim is above 128
 MOST_ITEMS = 2**16  # of a schedule
 L2_BYTES = 32 * 2**20  # of 50 on an H100 or H200, for what the items of a section read again and add to
-ITEM_COST = 1.5  # of a tile of keys besides its query tiles, in query tiles
+ITEM_COST = 1.5  # of a tile of keys besides its query tiles, in tiles of 64 queries
 
 
 class _Item(NamedTuple):
@@ -141,16 +145,16 @@ class _Walk:
 
 def _plan(
   problem: FlashProblem,
+  block_q: int,
   block_kv: int,
   num_blocks: int,
 ) -> tuple[_Walk, np.ndarray | None]:
   """The walk, and `_schedule` for at most `num_blocks` blocks; None where items are claimed."""
   p = problem
-  query_tiles, kv_tiles, heads = cdiv(p.query_len, ROWS), cdiv(p.kv_len, block_kv), p.batch * p.num_kv_heads
+  query_tiles, kv_tiles, heads = cdiv(p.query_len, block_q), cdiv(p.kv_len, block_kv), p.batch * p.num_kv_heads
   items = heads * kv_tiles
-  has_masks = not p.is_static or p.is_causal or p.window is not None or p.kv_len % block_kv != 0
   at_once = min(num_blocks // kv_tiles, heads)
-  spread = not has_masks and at_once > 0 and items <= MOST_ITEMS
+  spread = not _has_masks(p, block_kv) and at_once > 0 and items <= MOST_ITEMS
   spread = spread and cdiv(heads, at_once) == cdiv(items, num_blocks)
   if spread:  # a section's items wait for each other: all run at once
     width, num_blocks = at_once, at_once * kv_tiles
@@ -160,10 +164,16 @@ def _plan(
     width = max(n for n in range(1, most + 1) if n == 1 or heads % (2 * n) == 0)
   schedule = None
   if p.is_static and items <= MOST_ITEMS:
-    schedule = _schedule(p, block_kv, width, min(num_blocks, items))
+    schedule = _schedule(p, block_q, block_kv, width, min(num_blocks, items))
   group = p.num_heads // p.num_kv_heads
   turns = not (spread or p.has_segments)
   return _Walk(query_tiles, kv_tiles, heads, p.num_kv_heads, group, width, spread, turns), schedule
+
+
+def blocks_of_queries(problem: FlashProblem) -> tuple[int, ...]:
+  """How many queries a step may take: 64, or 128 in two halves where registers and shared memory hold them."""
+  fits = max(problem.head_dim, problem.value_dim) <= 64 and problem.is_static and problem.soft_cap is None
+  return (ROWS, 2 * ROWS) if fits else (ROWS,)
 
 
 def backward(
@@ -175,6 +185,7 @@ def backward(
   d_lse: jax.Array,
   *,
   stages: int,
+  block_q: int = ROWS,
   num_blocks: int | None = None,
   interpret: Any = None,
 ) -> FlashGradients:
@@ -188,6 +199,7 @@ def backward(
     d_out: [B, T, H, Dv], the cotangent of `out`.
     d_lse: f32[B, H, T], the cotangent of `lse`.
     stages: Tiles of Q and dO in flight; of dO one less for a value_dim above 192.
+    block_q: Queries of a step, one of `blocks_of_queries`; 64 where items must be claimed.
     num_blocks: Blocks that run at once. They wait for each other: the number of multiprocessors bounds it.
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
   """
@@ -198,19 +210,25 @@ def backward(
   Dv = 64 * cdiv(p.value_dim, 64)
   D = max(64 * cdiv(p.head_dim, 64), Dv)
   is_wide = D > 128
+  if block_q not in blocks_of_queries(p):
+    raise ValueError(f"block_q must be in {blocks_of_queries(p)} for this problem, got {block_q}")
   if stages < 2:
     raise ValueError(f"stages must be at least 2, got {stages}: S of a step needs its queries before the last leave")
   dtype, block_kv = operands.query.dtype, ROWS * (1 if is_wide else NUM_WGS)
+  items = p.batch * p.num_kv_heads * cdiv(S, block_kv)
+  if items > MOST_ITEMS:
+    block_q = ROWS  # to claim them takes the rest of the shared memory
   do_stages = max(1, stages - 1) if Dv > 192 else stages  # what shared memory holds
   parts = ((0, WIDE), (WIDE, D - WIDE)) if is_wide else ((0, D),)  # of dQ that are added apart: first column, how many
-  query_tiles, kv_tiles = cdiv(T, ROWS), cdiv(S, block_kv)
-  padded = query_tiles * ROWS
+  halves = block_q // ROWS
+  query_tiles, kv_tiles = cdiv(T, block_q), cdiv(S, block_kv)
+  padded = query_tiles * block_q
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
   is_interpreted = interpret is not None
-  swizzle = min(128, D)  # bytes, of K and dS^T: a warpgroup multiplies by half of K's columns
+  swizzle = min(128, D) if halves == 1 else 128  # bytes, of K and dS^T: where half of K's columns are multiplied
+  has_masks = _has_masks(p, block_kv)
   ahead = D == 64  # S^T of the next step is computed behind dQ: registers suffice
-  walk, schedule = _plan(p, block_kv, num_blocks)
-  items = walk.heads * kv_tiles
+  walk, schedule = _plan(p, block_q, block_kv, num_blocks)
   workers = min(num_blocks, items) if schedule is None else len(schedule)
 
   def kernel(
@@ -273,14 +291,14 @@ def backward(
         return None
       return plgpu.load(kv_ids.at[work.batch, pl.ds(key, ROWS)], layout=ROW, optimized=False)
 
-    def masked_scores(s, work, tile, at, key, own):
-      """S^T of the tile (slot `at`) and 64 keys from `key`, -inf where a query does not see a key, and the soft cap's
-      derivative; `own` are the keys' ids."""
+    def masked_scores(s, work, tile, at, key, own, half=0):
+      """S^T of the tile (slot `at`), or that half of it, and 64 keys from `key`, -inf where a query does not see a key,
+      and the soft cap's derivative; `own` are the keys' ids."""
       slope = None
       if p.soft_cap is not None:
         s = jnp.tanh(s * (p.scale / p.soft_cap))
         slope = 1 - s * s
-      first_query, positions = tile * ROWS, Positions(p, query_lens, kv_lens, work.batch)
+      first_query, positions = tile * block_q + half * ROWS, Positions(p, query_lens, kv_lens, work.batch)
 
       def cut():
         """By which queries see each key, [low, high) counted from the tile's first."""
@@ -294,14 +312,21 @@ def backward(
           kept = jnp.where(across(own, s) == down(ids, s), kept, -jnp.inf)
         return kept
 
+      if halves == 2 and not has_masks:  # registers
+        return s, slope
       return lax.cond((tile < work.whole_first) | (tile >= work.whole_last), cut, lambda: s), slope
 
-    def probabilities(s, at):
-      row_lse = plgpu.load(row_smem.at[at], layout=COLUMN, optimized=False)
+    def queries_of(half):
+      """That half of a step's."""
+      return pl.ds(half * ROWS, ROWS)
+
+    def probabilities(s, at, half=0):
+      row_lse = plgpu.load(row_smem.at[at, queries_of(half)], layout=COLUMN, optimized=False)
       return mosaic.exp2(s * factor - down(row_lse, s), interpret=is_interpreted)
 
-    def minus_delta(dp, at):
-      return dp - down(plgpu.load(row_smem.at[stages + at], layout=COLUMN, optimized=False), dp)
+    def minus_delta(dp, at, half=0):
+      row_delta = plgpu.load(row_smem.at[stages + at, queries_of(half)], layout=COLUMN, optimized=False)
+      return dp - down(row_delta, dp)
 
     def compute_role(role):
       """One of two warpgroups that share 64 keys, for head_dim above 128.
@@ -409,9 +434,13 @@ def backward(
       """
       plgpu.set_max_registers(240, action="increase")
 
+      def mine(size):
+        """Of two parts of that size, this warpgroup's."""
+        return pl.ds(mosaic.anew(warpgroup, interpret=is_interpreted) * size, size)
+
       def rows():
         """This warpgroup's keys."""
-        return pl.ds(mosaic.anew(warpgroup, interpret=is_interpreted) * ROWS, ROWS)
+        return mine(ROWS)
 
       def first_key_of(work):
         return work.kv_tile * block_kv + warpgroup * ROWS
@@ -420,57 +449,77 @@ def backward(
         first_key = first_key_of(work)
         own = ids_of(work, first_key)
 
-        def columns():
-          """What this warpgroup computes of dQ."""
-          return pl.ds(mosaic.anew(warpgroup, interpret=is_interpreted) * (D // NUM_WGS), D // NUM_WGS)
-
-        def score_gradient(prob, slope, dp, at):
-          ds = prob * minus_delta(dp, at)
+        def score_gradient(prob, slope, dp, at, half=0):
+          ds = prob * minus_delta(dp, at, half)
           return (ds if slope is None else ds * slope).astype(dtype)
 
-        def share(n, ds):
+        def put_ds(n, ds, half=0):
+          ds_smem.at[halves * other(n) + half, rows()][...] = ds
+
+        def share(n):
           """dS^T of both warpgroups is there for dQ; dQ of the step before may leave."""
-          ds_smem.at[other(n), rows()][...] = ds
           everybody()
           pl.when(n > 0)(lambda: plgpu.barrier_arrive(dq_full.at[other(n + 1)]))
+
+        def dq_factors(n):
+          """dS^T and K, for half of dQ's columns or, of two halves of the queries, one."""
+          if halves == 1:
+            return ds_smem.at[other(n)], k_smem.at[:, mine(D // NUM_WGS)]
+          half, start = (mosaic.anew(x, interpret=is_interpreted) for x in (warpgroup, jnp.int32(0)))
+          return ds_smem.at[halves * other(n) + half], k_smem.at[pl.ds(start * block_kv, block_kv)]
 
         def put_dq(n, dq):
           """It leaves when the warpgroups meet the next time."""
           pl.when(n >= 2)(lambda: plgpu.barrier_wait(dq_empty.at[other(n)]))
-          dq_smem.at[other(n), :, columns()][...] = dq
+          place = (slice(None), mine(D // NUM_WGS)) if halves == 1 else (mine(ROWS),)
+          dq_smem.at[other(n), *place][...] = dq
 
         def interpreted_visit(n, accumulators):
           dk, dv = accumulators
           at, (_, tile) = slot(done + n), walk.head_and_tile(work, n)
-          q, do = q_smem.at[at], do_smem.at[at]
           plgpu.barrier_wait(q_full.at[at])
           plgpu.barrier_wait(do_full.at[at])
-          s, slope = masked_scores(mosaic.matmul(k_smem.at[rows()], q.T), work, tile, at, first_key, own)
-          prob = probabilities(s, at)
-          ds = score_gradient(prob, slope, mosaic.matmul(v_smem.at[rows()], do.T), at)
-          dv = mosaic.add_matmul(dv, prob.astype(dtype), do, interpret=True)
-          dk = mosaic.add_matmul(dk, ds, q, interpret=True)
+          for half in range(halves):
+            q, do = q_smem.at[at, queries_of(half)], do_smem.at[at, queries_of(half)]
+            scores = mosaic.matmul(k_smem.at[rows()], q.T)
+            s, slope = masked_scores(scores, work, tile, at, first_key, own, half)
+            prob = probabilities(s, at, half)
+            ds = score_gradient(prob, slope, mosaic.matmul(v_smem.at[rows()], do.T), at, half)
+            dv = mosaic.add_matmul(dv, prob.astype(dtype), do, interpret=True)
+            dk = mosaic.add_matmul(dk, ds, q, interpret=True)
+            put_ds(n, ds, half)
           plgpu.barrier_arrive(do_empty.at[at])
           plgpu.barrier_arrive(q_empty.at[at])
-          share(n, ds)
-          put_dq(n, mosaic.matmul(ds_smem.at[other(n)].T, k_smem.at[:, columns()]))
+          share(n)
+          lhs, rhs = dq_factors(n)
+          put_dq(n, mosaic.matmul(lhs.T, rhs))
           return dk, dv
 
         def products(refs):
           dk, dv = refs
 
-          def left(x):
-            """This warpgroup's rows of K or V as left operand, for head_dim 64 in registers."""
-            if D > 64:
+          def left(x, in_registers):
+            """This warpgroup's rows of K or V as left operand."""
+            if not in_registers:
               return lambda: x.at[rows()]
             tile = plgpu.load(x.at[rows()], layout=plgpu.Layout.WGMMA)
             return lambda: tile
 
-          k, v = left(k_smem), left(v_smem)
+          k, v = left(k_smem, D == 64), left(v_smem, D == 64 and halves == 1)
 
           def begin_s(n):
             plgpu.barrier_wait(q_full.at[slot(done + n)])
-            return mosaic.begin_scores(k(), q_smem.at[slot(done + n)])
+            return mosaic.begin_scores(k(), q_smem.at[slot(done + n), queries_of(0)])
+
+          def begin_next_s(n):
+            """Of the last step again, for nothing, where there is no next."""
+            upcoming = slot(done + jnp.minimum(n + 1, work.steps - 1))
+            pl.when(n + 1 < work.steps)(lambda: plgpu.barrier_wait(q_full.at[upcoming]))
+            return mosaic.begin_scores(k(), q_smem.at[upcoming, queries_of(0)])
+
+          def begin_dq(n):
+            lhs, rhs = dq_factors(n)
+            return mosaic.begin_matmul(lhs, rhs, transpose_lhs=True, swizzle=swizzle)
 
           def release_query(n):
             plgpu.barrier_arrive(q_empty.at[slot(done + n)])
@@ -494,12 +543,11 @@ def backward(
             plgpu.wgmma(dv, prob.astype(dtype), do)
             plgpu.wgmma_wait(1)  # dP^T
             ds = score_gradient(prob, slope, dp, at)
-            share(n, ds)
-            dq = mosaic.begin_matmul(ds_smem.at[other(n)], k_smem.at[:, columns()], transpose_lhs=True, swizzle=swizzle)
-            if ahead:  # of the last step again, for nothing, where there is no next
-              upcoming = slot(done + jnp.minimum(n + 1, work.steps - 1))
-              pl.when(n + 1 < work.steps)(lambda: plgpu.barrier_wait(q_full.at[upcoming]))
-              next_s = mosaic.begin_scores(k(), q_smem.at[upcoming])
+            put_ds(n, ds)
+            share(n)
+            dq = begin_dq(n)
+            if ahead:
+              next_s = begin_next_s(n)
             plgpu.wgmma(dk, ds, q)
             plgpu.wgmma_wait(2 if ahead else 1)  # dV, dQ
             plgpu.barrier_arrive(do_empty.at[at])
@@ -509,13 +557,48 @@ def backward(
             plgpu.wgmma_wait(1)  # S^T
             return next_s
 
+          def visit_halves(n, s):
+            """As `visit`, of two halves of the step's queries: the tensor cores work for one while P^T or dS^T of the
+            other is computed."""
+            at, (_, tile) = slot(done + n), walk.head_and_tile(work, n)
+            (q, next_q), (do, next_do) = ([x.at[at, queries_of(i)] for i in range(2)] for x in (q_smem, do_smem))
+            plgpu.barrier_wait(do_full.at[at])
+            dp = mosaic.begin_scores(v(), do)
+            next_s = mosaic.begin_scores(k(), next_q)
+            s, slope = masked_scores(s, work, tile, at, first_key, own)
+            prob = probabilities(s, at)
+            plgpu.wgmma_wait(1)  # dP^T
+            plgpu.wgmma(dv, prob.astype(dtype), do)
+            ds = score_gradient(prob, slope, dp, at)
+            next_dp = mosaic.begin_scores(v(), next_do)
+            plgpu.wgmma(dk, ds, q)
+            put_ds(n, ds)
+            plgpu.wgmma_wait(3)  # S^T of the second half
+            s, slope = masked_scores(next_s, work, tile, at, first_key, own, 1)
+            prob = probabilities(s, at, 1)
+            plgpu.wgmma(dv, prob.astype(dtype), next_do)
+            plgpu.wgmma_wait(2)  # dP^T, and dV of the first half
+            ds = score_gradient(prob, slope, next_dp, at, 1)
+            plgpu.wgmma(dk, ds, next_q)
+            put_ds(n, ds, 1)
+            share(n)
+            dq = begin_dq(n)
+            next_s = begin_next_s(n)
+            plgpu.wgmma_wait(1)  # dV, dK, dQ
+            plgpu.barrier_arrive(do_empty.at[at])
+            put_dq(n, dq)
+            plgpu.wgmma_wait(0)  # S^T
+            release_query(n)
+            return next_s
+
           s_before = jnp.int32(0)
           if ahead:
             s_before = begin_s(0)
             plgpu.wgmma_wait(0)
-          lax.fori_loop(0, work.steps, visit, s_before)
-          plgpu.wgmma_wait(0)
-          release_query(work.steps - 1)
+          lax.fori_loop(0, work.steps, visit if halves == 1 else visit_halves, s_before)
+          if halves == 1:
+            plgpu.wgmma_wait(0)  # dK
+            release_query(work.steps - 1)
 
         plgpu.barrier_wait(kv_full)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dK and dV of the item before have left
@@ -582,7 +665,7 @@ def backward(
         @pl.loop(first, last)
         def _(n):
           head, tile = walk.head_and_tile(work, n)
-          queries, at = pl.ds(tile * ROWS, ROWS), slot(done + n)
+          queries, at = pl.ds(tile * block_q, block_q), slot(done + n)
           pl.when(done + n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[at]))
           fetch_tile(q_gmem, edges.query, end, work.batch, tile, head, q_smem.at[at], q_full.at[at])
           plgpu.copy_gmem_to_smem(lse_gmem.at[work.batch, head, queries], row_smem.at[at], q_full.at[at])
@@ -609,7 +692,7 @@ def backward(
         @pl.loop(0, work.steps if is_wide else lax.div(work.steps - buffer + 1, jnp.int32(2)))
         def _(i):
           head, tile = walk.head_and_tile(work, i if is_wide else 2 * i + buffer)
-          queries = pl.ds(tile * ROWS, ROWS)
+          queries = pl.ds(tile * block_q, block_q)
           source = dq_parts[part] if is_wide else dq_smem.at[buffer]
           if is_interpreted:  # it has no additions and no counters: one array for each KV tile
             plgpu.barrier_wait(dq_full.at[buffer])
@@ -682,18 +765,18 @@ def backward(
         mosaic.one_warp(lambda: drain(done))
 
   lse2, delta = _row_statistics(p, operands, out, lse, d_out, d_lse, padded, interpret)
-  visits, visited = _visits(p, operands, block_kv)
-  ids = _segment_ids(operands, block_kv)
-  *arrays, edges = _prepared(p, operands, d_out, D, Dv, block_kv)
+  visits, visited = _visits(p, operands, block_q, block_kv)
+  ids = _segment_ids(operands, block_q, block_kv)
+  *arrays, edges = _prepared(p, operands, d_out, D, Dv, block_q, block_kv)
   from_both = plgpu.Barrier(num_arrivals=NUM_WGS)
   ring, do_ring = (plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in (stages, do_stages))
   q_ring = plgpu.Barrier(num_arrivals=3, num_barriers=stages) if p.has_segments else ring  # ids too
-  ids_of_queries = (stages, ROWS) if p.has_segments else (0, items_sm90.AHEAD)
+  ids_of_queries = (stages, block_q) if p.has_segments else (0, items_sm90.AHEAD)
   dk_tile, dv_tile = mosaic.smem((block_kv, D), dtype), mosaic.smem((block_kv, Dv), dtype)
   if is_wide:
     leaving = plgpu.RefUnion(*(mosaic.smem((ROWS, n), jnp.float32) for _, n in parts), dk_tile, dv_tile)
   else:
-    leaving = plgpu.RefUnion(mosaic.smem((2, ROWS, D), jnp.float32), (dk_tile, dv_tile))
+    leaving = plgpu.RefUnion(mosaic.smem((2, block_q, D), jnp.float32), (dk_tile, dv_tile))
   call = plgpu.kernel(
     kernel,
     out_type=(
@@ -705,12 +788,12 @@ def backward(
     num_threads=NUM_WGS + 1,
     thread_name="wg",
     scratch_types=(
-      mosaic.smem((stages, ROWS, D), dtype),
+      mosaic.smem((stages, block_q, D), dtype),
       mosaic.smem((block_kv, D), dtype, swizzle),
       mosaic.smem((block_kv, Dv), dtype),
-      mosaic.smem((do_stages, ROWS, Dv), dtype),
-      plgpu.SMEM((stages + do_stages, ROWS), jnp.float32),  # of queries: the LSE, then delta
-      mosaic.smem((2, block_kv, ROWS), dtype, swizzle),
+      mosaic.smem((do_stages, block_q, Dv), dtype),
+      plgpu.SMEM((stages + do_stages, block_q), jnp.float32),  # of queries: the LSE, then delta
+      mosaic.smem((2 * halves, block_kv, ROWS), dtype, swizzle),
       leaving,
       items_sm90.scratch(NUM_WGS + 1, ids_of_queries) if schedule is None else None,
       plgpu.Barrier(num_arrivals=2),
@@ -737,12 +820,12 @@ def backward(
   if is_interpreted:
     tile = jnp.arange(query_tiles)
     seen = (visits[:, :, 0, None] <= tile) & (tile < visits[:, :, 1, None])  # bool[B, KV tiles, query tiles]
-    seen = jnp.repeat(seen.swapaxes(0, 1), ROWS, axis=2)[:, :, None, :, None]
+    seen = jnp.repeat(seen.swapaxes(0, 1), block_q, axis=2)[:, :, None, :, None]
     dq = jnp.where(seen, dq, 0).sum(0)
   if p.has_query_lens:
     dq = live_rows_sm90.finished(dq, visited, p.scale, operands.query.shape, dtype, interpret=interpret)
   else:
-    dq = jnp.where(jnp.repeat(visited, ROWS, axis=1)[:, None, :, None], dq * p.scale, 0)
+    dq = jnp.where(jnp.repeat(visited, block_q, axis=1)[:, None, :, None], dq * p.scale, 0)
     dq = dq[:, :, :T, : p.head_dim].swapaxes(1, 2).astype(dtype)
   d_sinks = None
   if operands.sinks is not None:
@@ -751,13 +834,19 @@ def backward(
   return FlashGradients(dq, dk[:, :S, :, : p.head_dim], dv[:, :S, :, : p.value_dim], None, d_sinks)
 
 
+def _has_masks(problem: FlashProblem, block_kv: int) -> bool:
+  """Whether any query does not see some key of a tile."""
+  p = problem
+  return not p.is_static or p.is_causal or p.window is not None or p.kv_len % block_kv != 0
+
+
 def _is_up(section: Any) -> Any:
   """Whether a section's items walk up through the queries."""
   return section % 2 == 0
 
 
 @functools.lru_cache(256)
-def _schedule(problem: FlashProblem, block_kv: int, width: int, num_blocks: int) -> np.ndarray:
+def _schedule(problem: FlashProblem, block_q: int, block_kv: int, width: int, num_blocks: int) -> np.ndarray:
   """i32[blocks, 1 + n]: how many items each block has, and which: the next to the block that is free first."""
   p = problem
   left, right = p.window or (None, None)
@@ -766,12 +855,12 @@ def _schedule(problem: FlashProblem, block_kv: int, width: int, num_blocks: int)
   offset, everywhere = p.kv_len - p.query_len, 0 * begin
   low = everywhere if right is None else np.maximum(begin - offset - right, 0)
   high = everywhere + p.query_len if left is None else np.minimum(begin + block_kv - offset + left, p.query_len)
-  tiles = np.maximum(-(-high // ROWS) - low // ROWS, 1) * (p.num_heads // p.num_kv_heads)
+  tiles = np.maximum(-(-high // block_q) - low // block_q, 1) * (p.num_heads // p.num_kv_heads)
   heads = p.batch * p.num_kv_heads
   costs = []
   for section in range(cdiv(heads, width)):
     in_order = tiles[::-1] if _is_up(section) else tiles
-    costs.extend(np.repeat(in_order, min(width, heads - section * width)) + ITEM_COST)
+    costs.extend(np.repeat(in_order, min(width, heads - section * width)) + ITEM_COST * ROWS / block_q)
   return mosaic.deal(costs, num_blocks)
 
 
@@ -804,7 +893,7 @@ class _Edges(NamedTuple):
 
 
 def _prepared(
-  problem: FlashProblem, operands: FlashOperands, d_out: jax.Array, D: int, Dv: int, block_kv: int
+  problem: FlashProblem, operands: FlashOperands, d_out: jax.Array, D: int, Dv: int, block_q: int, block_kv: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, _Edges]:
   """Query, key, value and d_out of 8 n rows and 64 n columns, zeros in this padding, and their edges."""
   query_lens, kv_lens, _ = spans(problem, operands)
@@ -821,12 +910,12 @@ def _prepared(
 
   query, d_out = padded(operands.query, D), padded(d_out, Dv)
   key, value = padded(operands.key, D), padded(operands.value, Dv)
-  edges = [edge(x, query_lens, problem.has_query_lens, ROWS) for x in (query, d_out)]
+  edges = [edge(x, query_lens, problem.has_query_lens, block_q) for x in (query, d_out)]
   edges[1:1] = [edge(x, kv_lens, problem.has_kv_lens, block_kv) for x in (key, value)]
   return query, key, value, d_out, _Edges(*edges)
 
 
-def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
+def _visits(problem: FlashProblem, operands: FlashOperands, block_q: int, block_kv: int):
   """Which query tiles each KV tile meets.
 
   Returns:
@@ -836,7 +925,7 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
     masked. `visited` says which query tiles any KV tile meets.
   """
   T, S = problem.query_len, problem.kv_len
-  query_tiles, kv_tiles = cdiv(T, ROWS), cdiv(S, block_kv)
+  query_tiles, kv_tiles = cdiv(T, block_q), cdiv(S, block_kv)
   query_lens, kv_lens, offsets = (x[:, None] for x in spans(problem, operands))
   left, right = problem.window or (None, None)
   right = min(0, T + S if right is None else right) if problem.is_causal else right
@@ -845,10 +934,10 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   low = jnp.zeros_like(end) if right is None else jnp.maximum(begin - offsets - right, 0)
   high = jnp.minimum(query_lens, T if left is None else end - offsets + left)
   meets = (begin < end) & (low < high)
-  first, last = low // ROWS, cdiv(jnp.maximum(high, 0), ROWS)
+  first, last = low // block_q, cdiv(jnp.maximum(high, 0), block_q)
   if problem.has_segments:
-    query_ids, kv_ids = _segment_ids(operands, block_kv)
-    query_ids, kv_ids = query_ids.reshape(-1, query_tiles, ROWS), kv_ids.reshape(-1, kv_tiles, block_kv)
+    query_ids, kv_ids = _segment_ids(operands, block_q, block_kv)
+    query_ids, kv_ids = query_ids.reshape(-1, query_tiles, block_q), kv_ids.reshape(-1, kv_tiles, block_kv)
     query_min, query_max = query_ids.min(-1)[:, None], query_ids.max(-1)[:, None]
     kv_min, kv_max = kv_ids.min(-1)[:, :, None], kv_ids.max(-1)[:, :, None]
     tile = jnp.arange(query_tiles)
@@ -866,9 +955,9 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   last = jnp.maximum(lax.cummax(jnp.where(meets, last, 0), axis=1), 1)
   first = jnp.minimum(first, last - 1)
   whole_first = (
-    jnp.zeros_like(end) if right is None else cdiv(jnp.maximum(begin + block_kv - 1 - offsets - right, 0), ROWS)
+    jnp.zeros_like(end) if right is None else cdiv(jnp.maximum(begin + block_kv - 1 - offsets - right, 0), block_q)
   )
-  whole_last = last if left is None else jnp.maximum(begin - offsets + left + 1, 0) // ROWS
+  whole_last = last if left is None else jnp.maximum(begin - offsets + left + 1, 0) // block_q
   if problem.has_segments:
     whole_first, whole_last = jnp.maximum(whole_first, first_alike), jnp.minimum(whole_last, last_alike)
   whole_first = jnp.clip(jnp.where(end < begin + block_kv, last, whole_first), first, last)
@@ -883,10 +972,10 @@ def _visits(problem: FlashProblem, operands: FlashOperands, block_kv: int):
   return jnp.stack([first, last, whole_first, whole_last, before, after], -1).astype(jnp.int32), visited
 
 
-def _segment_ids(operands: FlashOperands, block_kv: int) -> tuple[Any, Any]:
+def _segment_ids(operands: FlashOperands, block_q: int, block_kv: int) -> tuple[Any, Any]:
   """Segment ids padded to whole tiles."""
 
   def padded(ids, block):
     return None if ids is None else jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
 
-  return padded(operands.query_segments, ROWS), padded(operands.kv_segments, block_kv)
+  return padded(operands.query_segments, block_q), padded(operands.kv_segments, block_kv)

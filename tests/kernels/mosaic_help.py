@@ -30,6 +30,7 @@ CASES = {
   "causal_more_queries": (1, 203, 101, 1, 1, 64, {}, dict(is_causal=True)),
   "window_pair": (1, 220, 220, 1, 1, 64, {}, dict(local_window_size=(70, 10))),
   "causal_window": (1, 130, 210, 1, 1, 64, dict(stages=3), dict(is_causal=True, local_window_size=(66, 5))),
+  "long_gqa_sinks": (1, 390, 300, 2, 1, 64, dict(num_wgs=1), dict(is_causal=True, sinks="sinks")),
   "segments": (1, 220, 220, 1, 1, 64, {}, dict(is_causal=True, segment_ids="segments")),
   "segments_long": (1, 256, 256, 1, 1, 64, dict(num_wgs=1), dict(segment_ids="long_segments")),
   "segments_random": (1, 130, 200, 1, 1, 64, dict(num_wgs=1), dict(segment_ids=("random_query_ids", "random_ids"))),

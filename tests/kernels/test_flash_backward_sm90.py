@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from paged_flash.kernels import reference
+from paged_flash.kernels import flash_backward_sm90, reference
 from paged_flash.kernels.arguments import flash_problem
 from paged_flash.kernels.flash_backward_sm90 import ITEM_COST, _plan, _schedule, _visits, backward
 from paged_flash.kernels.problem import FlashOperands
@@ -26,10 +26,16 @@ def interpreter():
     yield
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_backward_is_the_definition(name):
+HALVES = (
+  *("full_f16", "full", "causal_gqa3", "causal_more_keys", "causal_more_queries", "window_pair", "causal_window"),
+  "long_gqa_sinks",
+)
+
+
+@pytest.mark.parametrize("name, block_q", [(name, 64) for name in CASES] + [(name, 128) for name in HALVES])
+def test_backward_is_the_definition(name, block_q):
   call, _ = mosaic_help.drawn(name)
-  tiles = dict(stages=2, num_blocks=2)
+  tiles = dict(stages=2, block_q=block_q, num_blocks=2)
   problem, operands = flash_problem(**call)
   d_out, d_lse = cases.cotangents(call)
   wide = mosaic_help.as_float32(operands)
@@ -49,14 +55,15 @@ def test_backward_is_the_definition(name):
   assert not gradients.query[dead].any()
 
 
+@pytest.mark.parametrize("block_q", [64, 128])
 @pytest.mark.parametrize("tokens, arguments", SCHEDULES)
-def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments):
-  block_q, block_kv, width = 64, 128, 2
+def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments, block_q):
+  block_kv, width = 128, 2
   x = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
   sizes = dict(query_len=tokens[0], kv_len=tokens[1], num_heads=8, num_kv_heads=4)
   one = dataclasses.replace(flash_problem(x, x, x, **arguments)[0], **sizes)
   kv_tiles, heads = -(-tokens[1] // block_kv), 4 * 3
-  table = _schedule(dataclasses.replace(one, batch=3), block_kv, width, min(13, kv_tiles * heads))
+  table = _schedule(dataclasses.replace(one, batch=3), block_q, block_kv, width, min(13, kv_tiles * heads))
   rows = [row[1 : 1 + row[0]] for row in table]
   assert sorted(np.concatenate(rows).tolist()) == list(range(kv_tiles * heads))
   assert all((np.diff(row) > 0).all() for row in rows)  # what a block waits for comes earlier in the order
@@ -64,7 +71,7 @@ def test_the_schedule_does_everything_once_and_in_balance(tokens, arguments):
   cost = []
   for start in range(0, tokens[1], block_kv):
     seen = np.flatnonzero(visible[:, start : start + block_kv].any(1)) // block_q
-    cost.append(ITEM_COST + 2 * (1 if seen.size == 0 else seen.max() - seen.min() + 1))
+    cost.append(ITEM_COST * 64 / block_q + 2 * (1 if seen.size == 0 else seen.max() - seen.min() + 1))
 
   def load(row):
     section, tile = row // (width * kv_tiles), row % (width * kv_tiles) // width
@@ -89,15 +96,17 @@ WALKS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("num_blocks", [3, 13, 132])
-@pytest.mark.parametrize("name", WALKS)
-def test_blocks_that_run_together_never_wait_for_each_other_in_a_circle(name, num_blocks):
+@pytest.mark.parametrize(
+  "name, block_q", [(name, 64) for name in WALKS] + [(name, 128) for name in ("causal", "spread", "ragged")]
+)
+def test_blocks_that_run_together_never_wait_for_each_other_in_a_circle(name, block_q, num_blocks):
   """At most `num_blocks` run, the first step of each that may go is taken at a time; every tile of dQ is added up."""
   B, T, S, H, K, block_kv, arguments = WALKS[name]
   call = cases.flash_call("walk", {"walk": (B, T, S, H, K, 8, arguments)})
   problem, operands = flash_problem(**call)
-  walk, schedule = _plan(problem, block_kv, num_blocks)
+  walk, schedule = _plan(problem, block_q, block_kv, num_blocks)
   assert walk.spread == name.startswith("spread") or num_blocks < 132
-  visits, visited = _visits(problem, operands, block_kv)
+  visits, visited = _visits(problem, operands, block_q, block_kv)
   items = walk.heads * walk.kv_tiles
   if schedule is None:
     lists = [[item] for item in range(items)]  # the hardware starts blocks in their order
@@ -133,6 +142,29 @@ def test_blocks_that_run_together_never_wait_for_each_other_in_a_circle(name, nu
     while waiting and len(running) < num_blocks:
       running.append(waiting.pop(0))
   assert ((counter > 0) == np.asarray(visited)[:, None]).all()
+
+
+def test_steps_of_128_queries_are_refused_or_not_taken_where_they_do_not_fit(monkeypatch):
+  sizes, make = [], plgpu.kernel
+  monkeypatch.setattr(
+    plgpu,
+    "kernel",
+    lambda *args, out_type, **kwargs: sizes.append(out_type[0].shape) or make(*args, out_type=out_type, **kwargs),
+  )
+
+  def run(dims, **arguments):
+    x, rows = jnp.zeros((2, 130, 4, dims), jnp.bfloat16), jnp.zeros((2, 4, 130))
+    problem, operands = flash_problem(x, x, x, **arguments)
+    jax.eval_shape(functools.partial(backward, problem, stages=2, block_q=128), operands, x, rows, x, rows)
+
+  run(64)
+  monkeypatch.setattr(flash_backward_sm90, "MOST_ITEMS", 15)
+  run(64)  # of 16 items, to be claimed
+  assert [shape[2] for shape in sizes] == [256, 192]
+  lens = jnp.array([130, 7])
+  for dims, arguments in ((128, {}), (64, dict(key_value_seq_lengths=lens)), (64, dict(logits_soft_cap=2.0))):
+    with pytest.raises(ValueError, match=r"block_q must be in \(64,\) for this problem, got 128"):
+      run(dims, **arguments)
 
 
 @pytest.mark.parametrize("num_cores, asked", [(132, None), (114, None), (78, 132), (7, None)])

@@ -80,6 +80,7 @@ CONFIGURATIONS |= {
   "192-value-128": (LONG, LONG, 2, 2, (192, 128), "bfloat16", dict(is_causal=True)),
   "128-value-64": (LONG, LONG, 2, 2, (128, 64), "bfloat16", dict(is_causal=True)),
   "160": (LONG, LONG, 2, 2, 160, "bfloat16", {}),
+  "64-sinks-window": (3001, LONG - 1, 6, 2, 64, "float16", dict(sinks="sinks", local_window_size=(700, 300))),
   "128-cluster": (8192, 8192, 2, 2, 128, "bfloat16", {}),
 }
 
