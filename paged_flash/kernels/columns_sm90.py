@@ -200,8 +200,11 @@ def put(x: jax.Array, tile: Any, *, interpret: bool) -> None:
     if pairs:
       line = arith.addi(line, arith.muli(other, step))
     base = mgpu.utils.memref_ptr(tile)
-    places = [(m, j) for j in range(groups) for m in range(0, rows, 2)] if per == 2 else (
-      [(0, j) for j in range(0, groups, 2 if pairs else 1)])
+    places = (
+      [(m, j) for j in range(groups) for m in range(0, rows, 2)]
+      if per == 2
+      else ([(0, j) for j in range(0, groups, 2 if pairs else 1)])
+    )
     for m, j in places:
       if per == 2:
         chosen = [flat[m, j, 0], flat[m, j, 1], flat[m + 1, j, 0], flat[m + 1, j, 1]]
@@ -357,7 +360,7 @@ def store(ref: Any, rows: Rows, x: jax.Array, *, turned: bool = False, interpret
 
   @mosaic._inline(arg_types=(plgpu.RefType(), TILE if is_tile else COLUMN, *rows.types()))
   def write(_, ref, x, *traced):
-    i32, i64, memref = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
+    i64, memref = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
     element, base = memref.element_type, mgpu.utils.memref_ptr(ref)
     warp, r, _ = _thread()
     places = _places(rows, num_columns, *traced)

@@ -293,7 +293,9 @@ def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.
     return _product(x, y) + z
   number, factors = (y, ()) if isinstance(y, float) else (0.0, (y,))
 
-  @_inline(arg_types=(COLUMN,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=COLUMN))
+  @_inline(
+    arg_types=(COLUMN,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=COLUMN)
+  )
   def fma(_, x, z, y=None):
     registers = x.registers.copy()
     for i, register in enumerate(x.registers.flat):
@@ -381,8 +383,8 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
   """Merges (acc, top, total) of some keys and of more keys, by the same instructions wherever it is called.
 
   Of a softmax over some keys, `top` is the greatest score, `total` the sum of 2 ** (factor (score - top)), and `acc`
-  the sum of values with these weights. They are a wgmma tile and one value for each of its columns, or one value of each
-  thread. No product is added to anything but by an explicit fma, so no compiler chooses how to round.
+  the sum of values with these weights. They are a wgmma tile and one value for each of its columns, or one value of
+  each thread. No product is added to anything but by an explicit fma, so no compiler chooses how to round.
   """
   if interpret:
     top = jnp.maximum(state[1], part[1])

@@ -11,17 +11,17 @@ lengths. A lane computes the chunks that begin in its segment and fetches ahead 
   a lane computes, tile by tile of a chunk (Dao et al. 2022, Algorithm 1, in the log2 domain):
     S^T = K Q^T, P^T = softmax(S^T), O^T += V^T P^T      the query heads of a KV head, for all query tokens, are columns
 
-Columns are padded to a multiple of 8, in shared memory only (`columns_sm90`). Chunks that a lane computes from the first on are folded in
-registers, and written if they are all; of a sequence that a segment's end cuts, the chunks before it make one part, and
-each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
+Columns are padded to a multiple of 8, in shared memory only (`columns_sm90`). Chunks that a lane computes from the
+first on are folded in registers, and written if they are all; of a sequence that a segment's end cuts, the chunks
+before it make one part, and each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
 
 Chunks that several sequences share (`shared_prefixes`) are computed for all of them at once: a unit of sequences is
 one more sequence on the line, whose rows are their queries, and its parts are theirs. Their own chunks are a part each.
 The fold is the same, so is every bit. A cascade that merges prefix and rest by LSE (FlashInfer, Ye et al. 2024) reads
 as little, but its results depend on who shares what.
 
-Pages of 8 bits are fetched as they are, and widened by the warpgroup on their way into the registers from which they are
-multiplied. The scale of a token multiplies its row of S^T and of P^T, in float32.
+Pages of 8 bits are fetched as they are, and widened by the warpgroup on their way into the registers from which they
+are multiplied. The scale of a token multiplies its row of S^T and of P^T, in float32.
 
 Bytes in flight on a multiprocessor: lanes x stages x tiles of K and V, 128 or 192 KiB, where a latency of about 1 us at
 4.8 TB/s asks for 36 KiB. In pages [page_size, K, D] a copy takes head_dim values of every token, rows of
@@ -302,14 +302,14 @@ def forward(
   tile_pages = max(1, block_kv // p.page_size)
   is_interpreted = interpret is not None
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
-  columns = num_columns(p, chunks)
+  columns = ROWS if is_interpreted else num_columns(p, chunks)  # on a CPU a column's rounding hangs on their number
   store = functools.partial(columns_sm90.store, turned=p.has_scales, interpret=is_interpreted)
   units = make_units(p, chunks, block_kv, operands)
   num_units = 0 if units is None else units.leads.size
   width = cdiv(ROWS, group)  # of a row of units.tokens
   look = functools.partial(sequence, p, chunks, block_kv)
-  # Two accumulators of head_dim 256 and 64 columns are more than the registers of a warpgroup.
-  is_folded = chunks.max_count > 1 and D * columns <= 128 * ROWS
+  # Two accumulators of head_dim 128 and 64 columns are more than the registers of a warpgroup.
+  is_folded = chunks.max_count > 1 and D * columns <= 64 * ROWS
 
   def lay(starts, kv_lens, units):
     """The line of tiles, units after sequences, and its segments."""
