@@ -37,9 +37,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import columns_sm90, mosaic
+from paged_flash.kernels import columns_sm90, mosaic, rings_sm90
 from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, Rows, cdiv, divide, down
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
+from paged_flash.kernels.rings_sm90 import Ring
 
 ROWS = 64  # of queries at most, columns of a tile
 CHUNK = 512  # tokens of a chunk, at least
@@ -319,7 +320,8 @@ def forward(
       return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1), 0)
 
     line = Line(p.batch + num_units, length, interpret=is_interpreted)
-    return line, Segments.cut(num_segments, p.batch, K, ENOUGH_LANES, *line.measure())
+    enough = num_lanes if p.has_scales else ENOUGH_LANES  # widening keeps a lane busier than memory does
+    return line, Segments.cut(num_segments, p.batch, K, enough, *line.measure())
 
   def chunks_before(s, tiles):
     """The first chunk that does not begin in the first `tiles` tiles of a sequence on the line."""
@@ -332,7 +334,7 @@ def forward(
     lens = starts, kv_lens, units
     scales_gmem, refs = (refs[:2], refs[2:]) if p.has_scales else ((), refs)
     out_gmem, lse_gmem, *parts = refs[:-num_scratch]
-    q_smem, p_smem, k_smem, v_smem, warps_smem, k_full, k_empty, v_full, v_empty, *scale_smem = refs[-num_scratch:]
+    q_smem, p_smem, k_smem, v_smem, warps_smem, k_barriers, v_barriers, *scale_smem = refs[-num_scratch:]
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
     def over_chunks(lane, body, carry):
@@ -369,52 +371,69 @@ def forward(
       first = lax.div(s.first_key, jnp.int32(p.page_size)) if p.window is not None else 0
       return first, lax.div(s.kv_len - 1, jnp.int32(p.page_size))
 
+    def first_page_of(t):
+      return lax.div(t * block_kv, jnp.int32(p.page_size))
+
+    def rings_of(lane):
+      """Of K and V."""
+      make = lambda tiles, barriers: Ring(tiles, barriers, lane * stages, stages, is_interpreted)  # noqa: E731
+      return make(k_smem, k_barriers), make(v_smem, v_barriers)
+
     def fetch(lane):
+      rings = rings_of(lane)
+
       def one_chunk(b, s, mine, head, chunk, done):
         low, high = chunk_tiles(s, chunk)
         first_page, last_page = visible_pages(s)
 
-        @pl.loop(low, high)
-        def one_tile(t):
+        def page_ids(t):
+          """Of tile t, as `Ring.fetch` wants them."""
+          look_up = lambda n: pages[s.row, jnp.clip(first_page_of(t) + n, first_page, last_page)]  # noqa: E731
+          if is_interpreted:
+            return [look_up(n) for n in range(tile_pages)]
+          return look_up(lax.rem(mosaic.thread(), jnp.int32(tile_pages)))
+
+        def one_tile(t, ids):
           i = done + t - low
-          slot = lane * stages + lax.rem(i, jnp.int32(stages))
-          page = lax.div(t * block_kv, jnp.int32(p.page_size))
-          ids = [pages[s.row, jnp.clip(page + n, first_page, last_page)] for n in range(tile_pages)]
-          rows = pl.ds(t * block_kv - page * p.page_size, min(block_kv, p.page_size))
-          for gmem, smem, full, empty in ((k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)):
-            pl.when(i >= stages)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
-            for n, page_id in enumerate(ids):
-              place = smem.at[slot, pl.ds(n * p.page_size, p.page_size)] if tile_pages > 1 else smem.at[slot]
-              plgpu.copy_gmem_to_smem(gmem.at[page_id, rows, head], place, full.at[slot])
+          later = page_ids(jnp.minimum(t + 1, high - 1))  # they arrive meanwhile
+          row = t * block_kv - first_page_of(t) * p.page_size
+          for ring, gmem in zip(rings, (k_gmem, v_gmem), strict=True):
+            ring.wait_empty(i)
+            ring.fetch(i, gmem, ids, row, head)
+          return later
+
+        @pl.when(low < high)
+        def _():
+          lax.fori_loop(low, high, one_tile, page_ids(low))
 
         return done + high - low
 
       done = over_chunks(lane, one_chunk, jnp.int32(0))
+      for ring in rings:
+        ring.drain(done)
 
-      @pl.loop(jnp.maximum(done - stages, 0), done)
-      def _(i):  # the interpreter wants every completion of a barrier observed
-        slot = lane * stages + lax.rem(i, jnp.int32(stages))
-        plgpu.barrier_wait(k_empty.at[slot])
-        plgpu.barrier_wait(v_empty.at[slot])
-
-    def scales(s, head, t):
-      """Scales of K and V of tile t, 0 where nobody sees a token; one row's in each thread, for `put_row_values`."""
+    def scale_pages(s, t):
+      """The page that holds the scales of tile t; of one row in each thread. A list of all in the interpreter."""
       first_page, last_page = visible_pages(s)
+      look_up = lambda page: pages[s.row, jnp.maximum(jnp.clip(page, first_page, last_page), 0)]  # noqa: E731
+      if is_interpreted:
+        return [look_up(first_page_of(t) + n) for n in range(tile_pages)]
+      return look_up(lax.div(t * block_kv + lax.rem(mosaic.thread(), jnp.int32(block_kv)), jnp.int32(p.page_size)))
 
-      def of_rows(page, rows, key):
-        page_id = jnp.where(s.kv_len > 0, pages[s.row, jnp.clip(page, first_page, last_page)], 0)  # no keys, no page
+    def scales(s, head, t, page_ids):
+      """Scales of K and V of tile t, 0 where nobody sees a token; one row's in each thread, for `put_row_values`."""
+
+      def of_rows(page_id, rows, key):
         is_seen = (key >= s.first_key) & (key < s.kv_len)
         return [jnp.where(is_seen, gmem[page_id, rows, head], 0.0) for gmem in scales_gmem]
 
       first = t * block_kv
       if not is_interpreted:
         key = first + lax.rem(mosaic.thread(), jnp.int32(block_kv))
-        page, row = divide(key, p.page_size)
-        return of_rows(page, row, key)
-      page, row = divide(first, p.page_size)
-      size = block_kv // tile_pages
+        return of_rows(page_ids, lax.rem(key, jnp.int32(p.page_size)), key)
+      size, row = block_kv // tile_pages, lax.rem(first, jnp.int32(p.page_size))
       keys = [first + n * size + jnp.arange(size) for n in range(tile_pages)]
-      parts = [of_rows(page + n, pl.ds(row, size), key) for n, key in enumerate(keys)]
+      parts = [of_rows(page_id, pl.ds(row, size), key) for page_id, key in zip(page_ids, keys, strict=True)]
       return [jnp.concatenate(x) for x in zip(*parts, strict=True)]
 
     def nothing():
@@ -423,6 +442,7 @@ def forward(
 
     def compute(lane):
       q_tile, p_tile, over_warps = q_smem.at[lane], p_smem.at[lane], warps_smem.at[lane]
+      k_ring, v_ring = rings_of(lane)
 
       def one_chunk(b, s, mine, head, chunk, carry):
         done, *state = carry
@@ -439,7 +459,7 @@ def forward(
 
         plgpu.commit_smem()  # all have read the last queries
         if p.has_scales:
-          pl.when(low < high)(lambda: put_scales(done, scales(s, head, low)))
+          pl.when(low < high)(lambda: put_scales(done, scales(s, head, low, scale_pages(s, low))))
         mosaic.copy_rows(q_gmem, rows, q_tile, turned=p.has_scales, interpret=is_interpreted)
 
         def cut(scores, column):
@@ -450,29 +470,27 @@ def forward(
           return mosaic.keep(scores, first, past, interpret=is_interpreted)
 
         def one_tile(t, carry, *, masked):
-          acc, top, total = carry
+          acc, top, total, *page_ids = carry
           i = done + t - low
-          slot = lane * stages + lax.rem(i, jnp.int32(stages))
           column = t * block_kv
-          k_tile, v_tile = k_smem.at[slot], v_smem.at[slot]
-          if p.has_scales:  # the next tile's scales arrive meanwhile
-            later = scales(s, head, jnp.minimum(t + 1, high - 1))
+          k_tile, v_tile = k_ring.tile(i), v_ring.tile(i)
+          if p.has_scales:  # the next tile's scales arrive meanwhile, and where those of the one after it lie
+            later = scales(s, head, jnp.minimum(t + 1, high - 1), page_ids[0])
+            page_ids = (scale_pages(s, jnp.minimum(t + 2, high - 1)),)
             k_scales, v_scales = (scale_smem[0].at[lane, lax.rem(i, jnp.int32(2)), n] for n in range(2))
-          plgpu.barrier_wait(k_full.at[slot])
+          k_ring.wait_full(i)
           if p.has_scales:
             keys = columns_sm90.widen(k_tile, turned=False, interpret=is_interpreted)
             scores = columns_sm90.product(keys, q_tile, interpret=is_interpreted)
             scores = columns_sm90.scale_rows(scores, k_scales, interpret=is_interpreted)
           else:
             scores = columns_sm90.product(k_tile, q_tile, interpret=is_interpreted)
-          plgpu.barrier_arrive(k_empty.at[slot])
+          k_ring.release(i)
           if p.soft_cap is not None:
             scores = jnp.tanh(scores * (p.scale / p.soft_cap))
           if masked:
             scores = cut(scores, column)
           new_top = jnp.maximum(top, columns_sm90.maximum(scores, over_warps, interpret=is_interpreted))
-          if p.has_scales:
-            put_scales(i + 1, later)
           shift = new_top * factor
           if masked:
             shift = jnp.where(new_top == -jnp.inf, 0.0, shift)  # a query that has seen nothing yet
@@ -486,9 +504,10 @@ def forward(
           if p.has_scales:
             prob = columns_sm90.scale_rows(prob, v_scales, interpret=is_interpreted)
           columns_sm90.put(prob.astype(dtype), p_tile, interpret=is_interpreted)
-          plgpu.barrier_wait(v_full.at[slot])
+          v_ring.wait_full(i)
           if p.has_scales:
             values = columns_sm90.widen(v_tile, turned=True, interpret=is_interpreted)
+            put_scales(i + 1, later)
             plgpu.commit_smem()
             acc = columns_sm90.product(values, p_tile, acc, interpret=is_interpreted)
           else:
@@ -501,8 +520,8 @@ def forward(
 
             plgpu.commit_smem()
             acc = columns_sm90.product(v_tile, p_tile, acc, turned=True, interpret=is_interpreted)
-          plgpu.barrier_arrive(v_empty.at[slot])
-          return acc, new_top, total
+          v_ring.release(i)
+          return acc, new_top, total, *page_ids
 
         # Tiles [begin, end) are seen whole by every query.
         begin, end = low, jnp.clip(lax.div(s.offset + 1, jnp.int32(block_kv)), low, high)
@@ -510,10 +529,12 @@ def forward(
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
         carry = nothing()
+        if p.has_scales:
+          carry = *carry, scale_pages(s, jnp.minimum(low + 1, jnp.maximum(high, 1) - 1))
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
           if start is not stop:
             carry = lax.fori_loop(start, stop, lambda t, carry, masked=masked: one_tile(t, carry, masked=masked), carry)
-        acc, top, total = carry
+        acc, top, total, *_ = carry
         plgpu.commit_smem()  # all have read what is over the warps
         result = acc, top, columns_sm90.total(total, over_warps, interpret=is_interpreted)
         if not is_folded:
@@ -553,6 +574,9 @@ def forward(
           store(gmem, rows, x)
 
       over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing() if is_folded else ())))
+
+    if not is_interpreted:
+      rings_sm90.start([k_barriers, v_barriers], readers=1)
 
     @pl.when(warpgroup < lanes)
     def _():
@@ -637,16 +661,12 @@ def forward(
   row_blocks = cdiv(max_rows, rows_per_block)
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
-  full, empty = (
-    plgpu.Barrier(num_arrivals=tile_pages, num_barriers=lanes * stages),
-    plgpu.Barrier(num_barriers=lanes * stages),
-  )
   scratch = [
     mosaic.smem((lanes, columns, D), dtype),
     mosaic.smem((lanes, columns, block_kv), dtype),
     *(mosaic.smem((lanes * stages, block_kv, D), operands.k_pages.dtype) for _ in range(2)),
     plgpu.SMEM((lanes, columns_sm90.WARPS, columns), jnp.float32),
-    *(full, empty, full, empty),
+    *(rings_sm90.scratch(lanes * stages, tile_pages, interpret=is_interpreted) for _ in range(2)),
   ]
   if p.has_scales:  # of two tiles
     scratch.append(plgpu.SMEM((lanes, 2, 2, block_kv), jnp.float32))
