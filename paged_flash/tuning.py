@@ -68,7 +68,7 @@ def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
   chunks = paged_decode_sm90.make_chunks(problem, block_kv)
   is_few = chunks.max_count * problem.num_kv_heads * problem.batch <= mosaic.num_multiprocessors()
   lanes = 1 if size == 256 or is_few else 2
-  columns = paged_decode_sm90.num_columns(problem, chunks)
+  columns = paged_decode_sm90.tile_columns(problem, chunks)[-1]
   room = SHARED_BYTES // lanes - 2 * columns * (size + block_kv)  # beside queries and probabilities
   stages = room // (2 * block_kv * size * (1 if problem.has_scales else 2))
   tiles = {"lanes": lanes, "block_kv": block_kv, "stages": stages}

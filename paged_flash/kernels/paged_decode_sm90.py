@@ -20,6 +20,9 @@ one more sequence on the line, whose rows are their queries, and its parts are t
 The fold is the same, so is every bit. A cascade that merges prefix and rest by LSE (FlashInfer, Ye et al. 2024) reads
 as little, but its results depend on who shares what.
 
+Sequences of one query token have tiles of as few columns as these want, whoever else is there; those of several tokens,
+and units, have wider ones.
+
 Pages of 8 bits are fetched as they are, and widened by the warpgroup on their way into the registers from which they
 are multiplied. The scale of a token multiplies its row of S^T and of P^T, in float32.
 
@@ -46,6 +49,7 @@ ROWS = 64  # of queries at most, columns of a tile
 CHUNK = 512  # tokens of a chunk, at least
 ENOUGH_ITEMS = 256  # of one sequence: they occupy a GPU
 ENOUGH_LANES = 128  # that fetch at the same time: they read almost as fast as memory can
+COST = 1  # of a sequence besides its tiles, in tiles: its queries, and its result
 AT_ONCE = 16  # parts that the second kernel reads at a time
 THREADS = 128  # of a block of it, each with one column of a row of O
 
@@ -89,10 +93,13 @@ def has_units(problem: PagedProblem, chunks: Chunks) -> bool:
   return can_share and chunks.max_count > 1 and 2 * p.num_heads <= ROWS * p.num_kv_heads
 
 
-def num_columns(problem: PagedProblem, chunks: Chunks) -> int:
-  """Of a tile: the query heads of a KV head for all query tokens of a sequence, or of a unit of sequences."""
-  rows = problem.num_heads // problem.num_kv_heads * min(problem.max_query_len, max_tokens(problem))
-  return ROWS if has_units(problem, chunks) else 8 * cdiv(rows, 8)
+def tile_columns(problem: PagedProblem, chunks: Chunks) -> tuple[int, ...]:
+  """Of a tile: what one query token wants, and, if any sequence or unit can want more, what they all find room in."""
+  p = problem
+  group = p.num_heads // p.num_kv_heads
+  few, most = (8 * cdiv(group * tokens, 8) for tokens in (1, min(p.max_query_len, max_tokens(p))))
+  most = ROWS if has_units(p, chunks) else most
+  return (few,) if few == most else (few, most)
 
 
 class Units(NamedTuple):
@@ -205,7 +212,7 @@ def sequence(
 
 
 class Segments(NamedTuple):
-  """The line of tiles of a KV head, sequence after sequence, cut into equal segments."""
+  """The line of tiles of a KV head, sequence after sequence, `COST` after each, cut into equal segments."""
 
   size: Any  # tiles
   count: int  # that lanes are ready for; the line may end before
@@ -303,21 +310,25 @@ def forward(
   tile_pages = max(1, block_kv // p.page_size)
   is_interpreted = interpret is not None
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
-  columns = ROWS if is_interpreted else num_columns(p, chunks)  # on a CPU a column's rounding hangs on their number
+  sizes = tile_columns(p, chunks)
   store = functools.partial(columns_sm90.store, turned=p.has_scales, interpret=is_interpreted)
   units = make_units(p, chunks, block_kv, operands)
   num_units = 0 if units is None else units.leads.size
   width = cdiv(ROWS, group)  # of a row of units.tokens
   look = functools.partial(sequence, p, chunks, block_kv)
   # Two accumulators of head_dim 128 and 64 columns are more than the registers of a warpgroup.
-  is_folded = chunks.max_count > 1 and D * columns <= 64 * ROWS
+  is_folded = chunks.max_count > 1 and D * sizes[0] <= 64 * ROWS
+
+  def is_wide(s):
+    """Whether a sequence or unit wants the second size of tiles, whose chunks are a part each."""
+    return s.query_len * group > sizes[0]
 
   def lay(starts, kv_lens, units):
     """The line of tiles, units after sequences, and its segments."""
 
     def length(b):
       s = look(starts, kv_lens, units, b)
-      return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1), 0)
+      return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1) + COST, 0)
 
     line = Line(p.batch + num_units, length, interpret=is_interpreted)
     enough = num_lanes if p.has_scales else ENOUGH_LANES  # widening keeps a lane busier than memory does
@@ -436,16 +447,24 @@ def forward(
       parts = [of_rows(page_id, pl.ds(row, size), key) for page_id, key in zip(page_ids, keys, strict=True)]
       return [jnp.concatenate(x) for x in zip(*parts, strict=True)]
 
-    def nothing():
+    def nothing(columns):
       per_column = lambda value: mosaic.full((columns,), value, COLUMN)  # noqa: E731
       return mosaic.full((D, columns), 0.0), per_column(-jnp.inf), per_column(0.0)
 
     def compute(lane):
-      q_tile, p_tile, over_warps = q_smem.at[lane], p_smem.at[lane], warps_smem.at[lane]
       k_ring, v_ring = rings_of(lane)
+      # On a CPU a column's rounding hangs on how many there are.
+      few, *more = (ROWS,) * len(sizes) if is_interpreted else sizes
 
       def one_chunk(b, s, mine, head, chunk, carry):
+        run = functools.partial(some_columns, b, s, mine, head, chunk)
+        narrow = functools.partial(run, few, is_folded)
+        return lax.cond(is_wide(s), functools.partial(run, more[0], False), narrow, carry) if more else narrow(carry)
+
+      def some_columns(b, s, mine, head, chunk, columns, is_folded, carry):
         done, *state = carry
+        q_tile, p_tile = (x.at[lane, pl.ds(0, columns)] if more else x.at[lane] for x in (q_smem, p_smem))
+        over_warps = warps_smem.at[lane]
         low, high = chunk_tiles(s, chunk)
         rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
         if units is not None:
@@ -528,7 +547,7 @@ def forward(
         if p.window is not None:
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
-        carry = nothing()
+        carry = nothing(columns)
         if p.has_scales:
           carry = *carry, scale_pages(s, jnp.minimum(low + 1, jnp.maximum(high, 1) - 1))
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
@@ -544,9 +563,9 @@ def forward(
             pl.when(is_whole)(lambda: write(s, head, rows, result))
           else:
             write(s, head, rows, result)
-          return (done + high - low,)
+          return done + high - low, *state
         first, past = mine
-        state = lax.cond((chunk == 0) | (first > 0), nothing, lambda: tuple(state))
+        state = lax.cond((chunk == 0) | (first > 0), lambda: nothing(columns), lambda: tuple(state))
         state = mosaic.fold(state, result, factor, interpret=is_interpreted)
         is_whole = (first == 0) & (past == s.count)
         if units is not None:
@@ -560,7 +579,7 @@ def forward(
         sink = None
         if sinks is not None:
           of_heads = Rows(head * group, s.query_len * group, group, 0)
-          sink = with_sink(s, columns_sm90.load(sinks, of_heads, columns, interpret=is_interpreted))
+          sink = with_sink(s, columns_sm90.load(sinks, of_heads, len(state[1]), interpret=is_interpreted))
         out, lse = mosaic.finish(state, sink, factor, axis=1, interpret=is_interpreted)
         store(lse_gmem, rows, lse)
         store(out_gmem, rows, out.astype(dtype))
@@ -573,7 +592,7 @@ def forward(
         for gmem, x in zip(parts, state, strict=True):
           store(gmem, rows, x)
 
-      over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing() if is_folded else ())))
+      over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing(few) if is_folded else ())))
 
     if not is_interpreted:
       rings_sm90.start([k_barriers, v_barriers], readers=1)
@@ -654,16 +673,17 @@ def forward(
       # The first part holds the chunks that begin in the same segment as the sequence, or its unit.
       place = line.start(where)
       done = chunks_before(first, (lax.div(place, segments.size) + 1) * segments.size - place)
-      done = done if is_folded else 1
+      done = (jnp.where(is_wide(first), 1, done) if len(sizes) > 1 else done) if is_folded else 1
       pl.when((s.count > done) | has_unit)(lambda: fold_parts(done))
 
   rows_per_block = max(1, THREADS // D)
   row_blocks = cdiv(max_rows, rows_per_block)
+  columns = ROWS if is_interpreted else sizes[-1]
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
   scratch = [
-    mosaic.smem((lanes, columns, D), dtype),
-    mosaic.smem((lanes, columns, block_kv), dtype),
+    mosaic.smem((lanes, columns, D), dtype),  # queries
+    mosaic.smem((lanes, columns, block_kv), dtype),  # probabilities
     *(mosaic.smem((lanes * stages, block_kv, D), operands.k_pages.dtype) for _ in range(2)),
     plgpu.SMEM((lanes, columns_sm90.WARPS, columns), jnp.float32),
     *(rings_sm90.scratch(lanes * stages, tile_pages, interpret=is_interpreted) for _ in range(2)),

@@ -143,7 +143,8 @@ class Ring:
       swizzle, memref = transforms[1].swizzle, ir.MemRefType(tile.type)
       size = memref.shape[0] * memref.shape[1] * memref.shape[2] * memref.shape[3]
       size *= mgpu.utils.bytewidth(memref.element_type)
-      barrier = mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(ref), index.registers.item(), None, 1)
+      no_phases: Any = None
+      barrier = mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(ref), index.registers.item(), no_phases, 1)
       ids = [
         mgpu.utils.inline_ptx(
           f"shfl.sync.idx.b32 $0, $1, {n}, 31, 0xffffffff;",
