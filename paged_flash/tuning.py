@@ -20,6 +20,7 @@ from paged_flash.kernels.problem import FlashProblem, PagedProblem, Problem
 
 TABLES = pathlib.Path(__file__).parent / "data" / "tiles"
 STAGES = ("forward", "backward")
+SHARED_BYTES = 220 * 2**10  # of 227 KiB for a block on an H100 or H200; barriers and small arrays need some
 
 
 def tiles(problem: Problem, implementation: str, stage: Literal["forward", "backward"] = "forward") -> dict[str, int]:
@@ -57,21 +58,20 @@ def tiles(problem: Problem, implementation: str, stage: Literal["forward", "back
 
 
 def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
-  """192 KiB of K and V in flight, best of those measured on an H100; 128 KiB of 8-bit ones, with room to widen them.
+  """As much of K and V in flight as shared memory has room for, in tiles that measured best on an H100.
 
   A result depends on `block_kv`, so that is chosen by head_dim alone: batches of any size give the same bits. Where
   there is at most one chunk for each multiprocessor, one lane has the memory of two.
   """
   size = problem.head_dim
-  block_kv = 64 if size == 256 or (problem.has_scales and size > 64) else 128
-  in_flight = (4 if problem.has_scales else 3) * (64 if size > 64 else 128)  # keys, for each of two lanes
-  chunks = paged_decode_sm90.make_chunks(problem, block_kv).max_count * problem.num_kv_heads * problem.batch
-  if size == 256:
-    tiles = {"lanes": 1, "block_kv": block_kv, "stages": in_flight // block_kv}
-  elif chunks <= mosaic.num_multiprocessors():
-    tiles = {"lanes": 1, "block_kv": block_kv, "stages": 2 * in_flight // block_kv}
-  else:
-    tiles = {"lanes": 2, "block_kv": block_kv, "stages": in_flight // block_kv}
+  block_kv = 64 if size == 256 else 128
+  chunks = paged_decode_sm90.make_chunks(problem, block_kv)
+  is_few = chunks.max_count * problem.num_kv_heads * problem.batch <= mosaic.num_multiprocessors()
+  lanes = 1 if size == 256 or is_few else 2
+  columns = paged_decode_sm90.tile_columns(problem, chunks)[-1]
+  room = SHARED_BYTES // lanes - 2 * columns * (size + block_kv)  # beside queries and probabilities
+  stages = room // (2 * block_kv * size * (1 if problem.has_scales else 2))
+  tiles = {"lanes": lanes, "block_kv": block_kv, "stages": stages}
   if problem.max_query_len > paged_decode_sm90.max_tokens(problem):  # measured for head_dim 128 alone
     block_kv, stages = (64, 2) if size == 256 else (128, 3)
     prefill = {"num_wgs": 3 if size == 64 else 2, "block_kv": block_kv, "stages": stages}

@@ -100,70 +100,6 @@ def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, interpret: bool
   clear(ref, *ends)
 
 
-def dequantise(tile: Any, scales: Any, quantised: Any, scale: Any, *, interpret: bool) -> None:
-  """tile bf16[rows, columns] = the values of `quantised`, int8 or an 8-bit float, and scales f32[rows] = scale.
-
-  Both tiles lie in shared memory as `smem` makes them; 64 or 128 rows. A warpgroup calls it, and then
-  `plgpu.commit_smem`. `scale` is that of row `thread() % rows` in each thread; of all rows in the interpreter. 8-bit
-  floats are taken as finite.
-  """
-  if interpret:
-    tile[...] = quantised[...].astype(tile.dtype)
-    scales[...] = scale
-    return
-  dtype = str(quantised.dtype)
-  rows, columns = tile.shape
-  refs = (tile, quantised)
-
-  @_inline(
-    arg_types=(
-      *(plgpu.RefType(_transforms(x.shape, x.dtype)) for x in refs),
-      plgpu.RefType(),
-      plgpu.Layout.WG_SPLAT,
-    )
-  )
-  def convert(_, tile, quantised, scales, scale):
-    i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
-    shift_left = lambda x, n: arith.muli(x, constant(n))  # noqa: E731
-    part = lambda x, low, count: arith.remui(arith.divui(x, constant(low)), constant(count))  # noqa: E731
-    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
-    with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, constant(rows))):
-      pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(scales), [thread], ir.F32Type.get())
-      llvm.store(scale.registers.item(), pointer)
-    # Eight threads at a time take four pieces of 16 bytes in rows r and r ^ 5 of a tile of 8 rows: neither these nor
-    # the 2 x 16 bytes that they become share a bank, the tiles being swizzled.
-    width = min(128, columns)  # bytes of a row of a quantised tile
-    row = arith.xori(part(thread, 8, 4), shift_left(part(thread, 4, 2), 5))
-    piece, turn = part(thread, 1, 4), row
-    if width == 128:
-      piece, atom = arith.addi(piece, shift_left(part(thread, 32, 2), 4)), part(thread, 64, 2)
-    else:
-      atom, turn = part(thread, 32, 4), arith.divui(row, constant(2))
-      turn = arith.remui(turn, constant(4))
-    place = arith.addi(shift_left(arith.addi(shift_left(atom, 8), row), width), shift_left(arith.xori(piece, turn), 16))
-    column_tiles = columns // width
-    row_tile, column_tile = arith.divui(atom, constant(column_tiles)), arith.remui(atom, constant(column_tiles))
-    out_tile = arith.addi(shift_left(row_tile, columns // 64), shift_left(column_tile, width // 64))
-    out_tile = arith.addi(out_tile, arith.divui(piece, constant(4)))
-    line = shift_left(arith.addi(shift_left(out_tile, 8), row), 128)
-    left = shift_left(part(piece, 1, 4), 2)
-    outs = [arith.addi(line, shift_left(arith.xori(x, row), 16)) for x in (left, arith.addi(left, constant(1)))]
-    four = ir.VectorType.get((4,), i32)
-    source, target = mgpu.utils.memref_ptr(quantised), mgpu.utils.memref_ptr(tile)
-    loaded = []
-    for step in range(rows * columns // 2048):
-      pointer = mgpu.utils.getelementptr(source, [arith.addi(place, constant(2048 * step))], i8)
-      loaded.append(llvm.load(four, pointer))
-    for step, words in enumerate(loaded):
-      pairs = [y for x in _values(words) for y in _to_bf16(x, dtype)]
-      for half, out in enumerate(outs):
-        pointer = mgpu.utils.getelementptr(target, [arith.addi(out, constant(4096 * step))], i8)
-        llvm.store(vector.from_elements(four, pairs[4 * half : 4 * half + 4]), pointer)
-
-  convert(*refs, scales, scale)
-
-
 def _to_bf16(word: Any, dtype: str) -> list[Any]:
   """Four 8-bit numbers in an i32 as bf16, two in an i32."""
   i32 = ir.IntegerType.get_signless(32)
@@ -195,30 +131,6 @@ def _to_bf16(word: Any, dtype: str) -> list[Any]:
   return pairs
 
 
-def scale_columns(x: jax.Array, scales: Any, *, interpret: bool) -> jax.Array:
-  """x [64, N] with each column times its number in `scales` f32[N], in shared memory."""
-  if interpret:
-    return x * down(scales[...], x)
-  layout = plgpu.Layout.WGMMA
-
-  @_inline(arg_types=(layout, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
-  def multiply(_, x, scales):
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    pair = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
-    first = arith.muli(pair, mgpu.utils.c(2, i32))
-    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(scales), [first], f32)
-    registers, factors = x.registers.copy(), []
-    for index, register in enumerate(x.registers.flat):
-      group = index // 2  # 8 columns; rows r and r + 8
-      if group == len(factors):
-        pointer = mgpu.utils.getelementptr(base, [8 * group], f32)
-        factors.append(llvm.load(ir.VectorType.get((2,), f32), pointer))
-      registers.flat[index] = arith.mulf(register, factors[group])
-    return _like(x, registers)
-
-  return multiply(x, scales)
-
-
 def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
   """A constant float32 array in registers."""
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
@@ -245,7 +157,7 @@ def cdiv(a: Any, b: int) -> Any:
 
 
 def keep(s: jax.Array, low: jax.Array | None, high: jax.Array | None, *, interpret: bool) -> jax.Array:
-  """Scores s [64, N] where low <= column < high, -inf elsewhere; low and high are i32[64], one per row, or scalars.
+  """Scores s [M, N] where low <= column < high, -inf elsewhere; low and high are i32[M], one per row, or scalars.
 
   The comparison is with constants: a thread's columns of a wgmma tile are 8c and 8c + 1 plus 2 (lane % 4), so that part
   is subtracted from the ends once. Comparing with an index array would keep N / 4 of its values in registers.
@@ -271,12 +183,13 @@ def keep(s: jax.Array, low: jax.Array | None, high: jax.Array | None, *, interpr
     limits = [[arith.subi(_scalar(x), base) for x in limit.registers.flat] for limit in limits]
     registers = s.registers.copy()
     for index, register in enumerate(s.registers.flat):
-      group, half = divmod(index, 2)  # 8 columns; rows r and r + 8
+      tile, rest = divmod(index, s.shape[1] // 4)  # 64 rows
+      group, half = divmod(rest, 2)  # 8 columns; rows r and r + 8
       values = []
       for element in range(2):
         value = vector.extract(register, dynamic_position=[], static_position=[element])
         for limit, (_, predicate) in zip(limits, ends, strict=True):
-          inside = arith.cmpi(predicate, constant(8 * group + element, i32), limit[half])
+          inside = arith.cmpi(predicate, constant(8 * group + element, i32), limit[2 * tile + half])
           value = arith.select(inside, value, hidden)
         values.append(value)
       registers.flat[index] = vector.from_elements(register.type, values)
@@ -375,17 +288,20 @@ def anew(x: jax.Array, *, interpret: bool) -> jax.Array:
 
 
 def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.Array:
-  """x y + z of values one per row, rounded once, which no compiler chooses; y may be a number."""
+  """x y + z of values one per column, rounded once, which no compiler chooses; y may be a number."""
   if interpret:
     return _product(x, y) + z
   number, factors = (y, ()) if isinstance(y, float) else (0.0, (y,))
 
-  @_inline(arg_types=(ROW,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ROW))
+  @_inline(
+    arg_types=(COLUMN,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=COLUMN)
+  )
   def fma(_, x, z, y=None):
     registers = x.registers.copy()
     for i, register in enumerate(x.registers.flat):
-      factor = mgpu.utils.c(number, ir.F32Type.get()) if y is None else _scalar(y.registers.flat[i])
-      registers.flat[i] = _register(register, [llvm.intr_fma(_scalar(register), factor, _scalar(z.registers.flat[i]))])
+      factor = [mgpu.utils.c(number, ir.F32Type.get())] * 2 if y is None else _values(y.registers.flat[i])
+      of_columns = zip(_values(register), factor, _values(z.registers.flat[i]), strict=True)
+      registers.flat[i] = _register(register, [llvm.intr_fma(*values) for values in of_columns])
     return _like(x, registers)
 
   return fma(x, z, *factors)
@@ -449,31 +365,40 @@ def _like(x: Any, registers: Any) -> Any:
   return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
-def _layouts(acc: jax.Array) -> tuple[Any, Any]:
-  """Layouts of acc and of one value per row of it: a wgmma tile, or one value of each thread."""
-  return (plgpu.Layout.WGMMA, ROW) if acc.ndim == 2 else (plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+def _layouts(acc: jax.Array, axis: int) -> tuple[Any, Any]:
+  """Layouts of acc and of its values one per row (axis 0) or column (1): a wgmma tile, or one value of each thread."""
+  splat = plgpu.Layout.WG_SPLAT
+  return (plgpu.Layout.WGMMA, (ROW, COLUMN)[axis]) if acc.ndim == 2 else (splat, splat)
+
+
+def _each(acc: Any, axis: int, index: int, values: list[list[Any]]) -> list[Any]:
+  """Of values one per row or column, as their registers hold them, those of the elements of acc's register `index`."""
+  if acc.registers.size == 1:
+    return values[0]
+  tile, rest = divmod(index, acc.shape[1] // 4)  # 64 rows; 8 columns, rows r and r + 8
+  return values[rest // 2] if axis == 1 else values[2 * tile + rest % 2] * 2
 
 
 def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interpret: bool) -> Any:
   """Merges (acc, top, total) of some keys and of more keys, by the same instructions wherever it is called.
 
   Of a softmax over some keys, `top` is the greatest score, `total` the sum of 2 ** (factor (score - top)), and `acc`
-  the sum of values with these weights. They are a wgmma tile and one value for each of its rows, or one value of each
-  thread. No product is added to anything but by an explicit fma, so no compiler chooses how to round.
+  the sum of values with these weights. They are a wgmma tile and one value for each of its columns, or one value of
+  each thread. No product is added to anything but by an explicit fma, so no compiler chooses how to round.
   """
   if interpret:
     top = jnp.maximum(state[1], part[1])
     shift = jnp.where(top == -jnp.inf, 0.0, _product(top, factor))
     old, new = (jnp.where(x[1] == top, 1.0, jnp.exp2(_product(x[1], factor) - shift)) for x in (state, part))
-    rows = lambda x, like: across(x, like) if like.ndim == 2 else x  # noqa: E731
-    acc = _product(state[0], rows(old, state[0])) + _product(part[0], rows(new, part[0]))
+    columns = lambda x, like: down(x, like) if like.ndim == 2 else x  # noqa: E731
+    acc = _product(state[0], columns(old, state[0])) + _product(part[0], columns(new, part[0]))
     return acc, top, _product(state[2], old) + _product(part[2], new)
-  tile, row = _layouts(state[0])
+  tile, column = _layouts(state[0], 1)
   shapes = [
-    plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, row, row), strict=True)
+    plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, column, column), strict=True)
   ]
 
-  @_inline(arg_types=(tile, row, row) * 2, return_type=tuple(shapes))
+  @_inline(arg_types=(tile, column, column) * 2, return_type=tuple(shapes))
   def merge(_, acc, top, total, part, part_top, part_total):
     f32 = ir.F32Type.get()
     scale, zero, one, nothing = (mgpu.utils.c(x, f32) for x in (factor, 0.0, 1.0, float("-inf")))
@@ -481,45 +406,50 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
     accs, tops, totals = acc.registers.copy(), top.registers.copy(), total.registers.copy()
     weights = []
     for i, register in enumerate(top.registers.flat):
-      (old,), (new,) = _values(register), _values(part_top.registers.flat[i])
-      both = arith.maximumf(old, new)
-      shift = arith.select(arith.cmpf(equal, both, nothing), zero, arith.mulf(both, scale))
-      # The greater one's weight is 1, not 2 to what rounding left: folding with nothing changes nothing.
-      old, new = (
-        arith.select(arith.cmpf(equal, x, both), one, _exp2(llvm.intr_fma(x, scale, arith.negf(shift))))
-        for x in (old, new)
-      )
-      weights.append((old, new))
-      (x,), (y,) = _values(total.registers.flat[i]), _values(part_total.registers.flat[i])
-      tops.flat[i] = _register(register, [both])
-      totals.flat[i] = _register(register, [llvm.intr_fma(x, old, arith.mulf(y, new))])
+      now, sums = [], []
+      pairs = zip(*map(_values, (register, part_top.registers.flat[i])), strict=True)
+      both_sums = zip(*map(_values, (total.registers.flat[i], part_total.registers.flat[i])), strict=True)
+      weights.append([])
+      for (old, new), (x, y) in zip(pairs, both_sums, strict=True):
+        both = arith.maximumf(old, new)
+        shift = arith.select(arith.cmpf(equal, both, nothing), zero, arith.mulf(both, scale))
+        # The greater one's weight is 1, not 2 to what rounding left: folding with nothing changes nothing.
+        old, new = (
+          arith.select(arith.cmpf(equal, z, both), one, _exp2(llvm.intr_fma(z, scale, arith.negf(shift))))
+          for z in (old, new)
+        )
+        weights[-1].append((old, new))
+        now.append(both)
+        sums.append(llvm.intr_fma(x, old, arith.mulf(y, new)))
+      tops.flat[i], totals.flat[i] = _register(register, now), _register(register, sums)
     for i, register in enumerate(acc.registers.flat):
-      old, new = weights[i % len(weights)]  # rows r and r + 8
-      pairs = zip(_values(register), _values(part.registers.flat[i]), strict=True)
-      accs.flat[i] = _register(register, [llvm.intr_fma(x, old, arith.mulf(y, new)) for x, y in pairs])
+      parts = zip(_values(register), _values(part.registers.flat[i]), _each(acc, 1, i, weights), strict=True)
+      accs.flat[i] = _register(register, [llvm.intr_fma(x, old, arith.mulf(y, new)) for x, y, (old, new) in parts])
     return _like(acc, accs), _like(top, tops), _like(total, totals)
 
   return merge(*state, *part)
 
 
-def finish(state: tuple[Any, ...], sink: Any, factor: float, *, interpret: bool) -> tuple[Any, Any]:
+def finish(state: tuple[Any, ...], sink: Any, factor: float, *, axis: int = 0, interpret: bool) -> tuple[Any, Any]:
   """Output and LSE (natural log) of a softmax as in `fold`; `sink`, if not None, is one more score without a value.
 
-  0 and -inf where nothing was seen. By the same instructions wherever it is called.
+  0 and -inf where nothing was seen. There is one softmax for each row of a tile (axis 0) or for each column (1). By the
+  same instructions wherever it is called.
   """
   if interpret:
     acc, top, total = state
+    spread = (lambda x: x) if acc.ndim == 1 else lambda x: lax.broadcast_in_dim(x, acc.shape, [axis])
     both = _product(top, factor)
     if sink is not None:
       sink = _product(sink, LOG2_E)
       both, old = jnp.maximum(jnp.maximum(both, sink), -1e30), both
       scaled = jnp.exp2(old - both)
-      acc = acc * (across(scaled, acc) if acc.ndim == 2 else scaled)
+      acc = acc * spread(scaled)
       total = _product(total, scaled) + jnp.exp2(sink - both)
     inverse = jnp.where(total > 0, 1 / total, 0.0)
     lse = jnp.where(total > 0, (both + jnp.log2(total)) * LN_2, -jnp.inf)
-    return acc * (across(inverse, acc) if acc.ndim == 2 else inverse), lse
-  tile, row = _layouts(state[0])
+    return acc * spread(inverse), lse
+  tile, row = _layouts(state[0], axis)
   shapes = [plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, row), strict=False)]
 
   @_inline(arg_types=(tile, row, row, *([] if sink is None else [row])), return_type=tuple(shapes))
@@ -528,24 +458,26 @@ def finish(state: tuple[Any, ...], sink: Any, factor: float, *, interpret: bool)
     scale, log2_e, zero = (mgpu.utils.c(x, f32) for x in (factor, LOG2_E, 0.0))
     accs, lses, weights = acc.registers.copy(), top.registers.copy(), []
     for i, register in enumerate(top.registers.flat):
-      (top_value,), (sum_value,) = _values(register), _values(total.registers.flat[i])
-      scaled = mgpu.utils.c(1.0, f32)
-      if sink is not None:
-        (s,) = _values(sink.registers.flat[i])
-        both = arith.maximumf(arith.mulf(top_value, scale), arith.mulf(s, log2_e))
-        both = arith.maximumf(both, mgpu.utils.c(-1e30, f32))  # finite where a row sees nothing and has no sink
-        scaled = _exp2(llvm.intr_fma(top_value, scale, arith.negf(both)))
-        sum_value = llvm.intr_fma(sum_value, scaled, _exp2(llvm.intr_fma(s, log2_e, arith.negf(both))))
-        lse = arith.addf(both, _approximate("lg2", sum_value))
-      else:
-        lse = llvm.intr_fma(top_value, scale, _approximate("lg2", sum_value))
-      alive = arith.cmpf(arith.CmpFPredicate.OGT, sum_value, zero)
-      lse = arith.select(alive, arith.mulf(lse, mgpu.utils.c(LN_2, f32)), mgpu.utils.c(float("-inf"), f32))
-      weights.append((scaled, arith.select(alive, _approximate("rcp", sum_value), zero)))
-      lses.flat[i] = _register(register, [lse])
+      now = []
+      weights.append([])
+      sinks = [None] * len(_values(register)) if sink is None else _values(sink.registers.flat[i])
+      for top_value, sum_value, s in zip(_values(register), _values(total.registers.flat[i]), sinks, strict=True):
+        scaled = mgpu.utils.c(1.0, f32)
+        if s is not None:
+          both = arith.maximumf(arith.mulf(top_value, scale), arith.mulf(s, log2_e))
+          both = arith.maximumf(both, mgpu.utils.c(-1e30, f32))  # finite where a row sees nothing and has no sink
+          scaled = _exp2(llvm.intr_fma(top_value, scale, arith.negf(both)))
+          sum_value = llvm.intr_fma(sum_value, scaled, _exp2(llvm.intr_fma(s, log2_e, arith.negf(both))))
+          lse = arith.addf(both, _approximate("lg2", sum_value))
+        else:
+          lse = llvm.intr_fma(top_value, scale, _approximate("lg2", sum_value))
+        alive = arith.cmpf(arith.CmpFPredicate.OGT, sum_value, zero)
+        now.append(arith.select(alive, arith.mulf(lse, mgpu.utils.c(LN_2, f32)), mgpu.utils.c(float("-inf"), f32)))
+        weights[-1].append((scaled, arith.select(alive, _approximate("rcp", sum_value), zero)))
+      lses.flat[i] = _register(register, now)
     for i, register in enumerate(acc.registers.flat):
-      scaled, inverse = weights[i % len(weights)]
-      values = [arith.mulf(x if sink is None else arith.mulf(x, scaled), inverse) for x in _values(register)]
+      pairs = zip(_values(register), _each(acc, axis, i, weights), strict=True)
+      values = [arith.mulf(x if sink is None else arith.mulf(x, scaled), inverse) for x, (scaled, inverse) in pairs]
       accs.flat[i] = _register(register, values)
     return _like(acc, accs), _like(top, lses)
 
@@ -881,10 +813,11 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
   store(ref, x, *rows.traced())
 
 
-def copy_rows(ref: Any, rows: Rows, tile: Any, *, interpret: bool) -> None:
+def copy_rows(ref: Any, rows: Rows, tile: Any, *, turned: bool = False, interpret: bool) -> None:
   """Copies rows of `ref` [X, D] to a tile [N, D] in shared memory, 0 for rows that lie nowhere; a warpgroup calls it.
 
-  Without registers in between (PTX cp.async), 16 bytes at a time.
+  Without registers in between (PTX cp.async), 16 bytes at a time. `turned`: columns change places as
+  `columns_sm90.widen` says, two at a time.
   """
   if interpret:
     row = jnp.arange(tile.shape[0])
@@ -900,29 +833,37 @@ def copy_rows(ref: Any, rows: Rows, tile: Any, *, interpret: bool) -> None:
     assert swizzle == 128
     i32, i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (32, 64, 8))
     constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
+    part = lambda x, low, count: arith.remui(arith.divui(x, constant(low)), constant(count))  # noqa: E731
     row_tiles, column_tiles = ir.MemRefType(to.type).shape[:2]
-    to, pieces = mgpu.utils.memref_ptr(to), 8 * column_tiles
+    size = 4 if turned else 16
+    to, pieces = mgpu.utils.memref_ptr(to), 128 // size * column_tiles
     source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
     safe = arith.extsi(i64, traced[0].registers.item())
     thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
-    for index in range(row_tiles * 8 * pieces // 128):
+    count = row_tiles * 8 * pieces
+    for index in range(cdiv(count, 128)):
       piece = arith.addi(thread, constant(128 * index))
       row, column = arith.divui(piece, constant(pieces)), arith.remui(piece, constant(pieces))
       alive, place = _place(rows, row, *traced)
-      place = arith.muli(arith.select(alive, place, safe), mgpu.utils.c(16 * pieces, i64))
-      place = arith.addi(place, arith.extui(i64, arith.muli(column, constant(16))))
+      place = arith.muli(arith.select(alive, place, safe), mgpu.utils.c(size * pieces, i64))
+      place = arith.addi(place, arith.extui(i64, arith.muli(column, constant(size))))
+      inside = constant(0)
+      if turned:  # pair 32 q + 8 c + i is pair c of piece 8 q + i
+        inside = arith.muli(part(column, 8, 4), constant(4))
+        column = arith.addi(arith.muli(arith.divui(column, constant(32)), constant(8)), part(column, 1, 8))
       tile = arith.muli(arith.divui(row, constant(8)), constant(column_tiles))
       tile, row = arith.addi(tile, arith.divui(column, constant(8))), arith.remui(row, constant(8))
       line = arith.addi(arith.muli(tile, constant(8)), row)
       column = arith.xori(arith.remui(column, constant(8)), row)
       offset = arith.muli(arith.addi(arith.muli(line, constant(8)), column), constant(16))
-      nvvm.cp_async_shared_global(
-        mgpu.utils.getelementptr(to, [offset], i8),
-        mgpu.utils.getelementptr(source, [place], i8),
-        16,
-        nvvm.LoadCacheModifierKind.CG,
-        cp_size=arith.select(alive, constant(16), constant(0)),
-      )
+      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, piece, constant(count))):
+        nvvm.cp_async_shared_global(
+          mgpu.utils.getelementptr(to, [arith.addi(offset, inside)], i8),
+          mgpu.utils.getelementptr(source, [place], i8),
+          size,
+          nvvm.LoadCacheModifierKind.CA if turned else nvvm.LoadCacheModifierKind.CG,
+          cp_size=arith.select(alive, constant(size), constant(0)),
+        )
     nvvm.cp_async_commit_group()
     nvvm.cp_async_wait_group(0)
 

@@ -9,22 +9,25 @@ each KV head, cut into equal segments, one for each lane (`Segments`), so that l
 lengths. A lane computes the chunks that begin in its segment and fetches ahead of computing: reading never stops.
 
   a lane computes, tile by tile of a chunk (Dao et al. 2022, Algorithm 1, in the log2 domain):
-    S = Q K^T, P = softmax(S), O += P V      the query heads of a KV head, for all query tokens, are the rows of Q
+    S^T = K Q^T, P^T = softmax(S^T), O^T += V^T P^T      the query heads of a KV head, for all query tokens, are columns
 
-Only in shared memory are rows padded to the 64 of a wgmma. Chunks that a lane computes from the first on are folded in
-registers, and written if they are all; of a sequence that a segment's end cuts, the chunks before it make one part, and
-each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
+Columns are padded to a multiple of 8, in shared memory only (`columns_sm90`). Chunks that a lane computes from the
+first on are folded in registers, and written if they are all; of a sequence that a segment's end cuts, the chunks
+before it make one part, and each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
 
 Chunks that several sequences share (`shared_prefixes`) are computed for all of them at once: a unit of sequences is
 one more sequence on the line, whose rows are their queries, and its parts are theirs. Their own chunks are a part each.
 The fold is the same, so is every bit. A cascade that merges prefix and rest by LSE (FlashInfer, Ye et al. 2024) reads
 as little, but its results depend on who shares what.
 
-Pages of 8 bits are fetched as they are, and widened by the warpgroup into one more tile before each product. The scale
-of a token multiplies its column of S and of P, in float32.
+Sequences of one query token have tiles of as few columns as these want, whoever else is there; those of several tokens,
+and units, have wider ones.
 
-Bytes in flight on a multiprocessor: lanes x stages x tiles of K and V, 192 KiB at every head_dim, where a latency of
-about 1 us at 4.8 TB/s asks for 36 KiB. In pages [page_size, K, D] a copy takes head_dim values of every token, rows of
+Pages of 8 bits are fetched as they are, and widened by the warpgroup on their way into the registers from which they
+are multiplied. The scale of a token multiplies its row of S^T and of P^T, in float32.
+
+Bytes in flight on a multiprocessor: lanes x stages x tiles of K and V, 128 or 192 KiB, where a latency of about 1 us at
+4.8 TB/s asks for 36 KiB. In pages [page_size, K, D] a copy takes head_dim values of every token, rows of
 128 bytes or more; neighbouring lanes take the neighbouring heads of the same tokens.
 """
 
@@ -37,14 +40,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import mosaic
-from paged_flash.kernels.mosaic import LOG2_E, ROW, Rows, cdiv, divide
+from paged_flash.kernels import columns_sm90, mosaic, rings_sm90
+from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, Rows, cdiv, divide, down
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
+from paged_flash.kernels.rings_sm90 import Ring
 
-ROWS = 64  # of a tile of queries
+ROWS = 64  # of queries at most, columns of a tile
 CHUNK = 512  # tokens of a chunk, at least
 ENOUGH_ITEMS = 256  # of one sequence: they occupy a GPU
 ENOUGH_LANES = 128  # that fetch at the same time: they read almost as fast as memory can
+COST = 1  # of a sequence besides its tiles, in tiles: its queries, and its result
 AT_ONCE = 16  # parts that the second kernel reads at a time
 THREADS = 128  # of a block of it, each with one column of a row of O
 
@@ -81,6 +86,22 @@ def max_tokens(problem: PagedProblem) -> int:
   return ROWS * problem.num_kv_heads // problem.num_heads
 
 
+def has_units(problem: PagedProblem, chunks: Chunks) -> bool:
+  """Whether sequences that share pages may be computed together (`Units`)."""
+  p = problem
+  can_share = p.has_prefixes and p.window is None and p.batch > 1
+  return can_share and chunks.max_count > 1 and 2 * p.num_heads <= ROWS * p.num_kv_heads
+
+
+def tile_columns(problem: PagedProblem, chunks: Chunks) -> tuple[int, ...]:
+  """Of a tile: what one query token wants, and, if any sequence or unit can want more, what they all find room in."""
+  p = problem
+  group = p.num_heads // p.num_kv_heads
+  few, most = (8 * cdiv(group * tokens, 8) for tokens in (1, min(p.max_query_len, max_tokens(p))))
+  most = ROWS if has_units(p, chunks) else most
+  return (few,) if few == most else (few, most)
+
+
 class Units(NamedTuple):
   """Sequences that share leading chunks, together: their queries are the rows of one tile, and K and V are read once.
 
@@ -104,7 +125,7 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
   p = problem
   group = p.num_heads // p.num_kv_heads
   most, num_units = ROWS // group, p.batch // 2
-  if not p.has_prefixes or p.window is not None or chunks.max_count == 1 or most < 2 or num_units == 0:
+  if not has_units(p, chunks):
     return None
   assert operands.leaders is not None and operands.shared_pages is not None
   index = jnp.arange(p.batch, dtype=jnp.int32)
@@ -191,7 +212,7 @@ def sequence(
 
 
 class Segments(NamedTuple):
-  """The line of tiles of a KV head, sequence after sequence, cut into equal segments."""
+  """The line of tiles of a KV head, sequence after sequence, `COST` after each, cut into equal segments."""
 
   size: Any  # tiles
   count: int  # that lanes are ready for; the line may end before
@@ -289,21 +310,25 @@ def forward(
   tile_pages = max(1, block_kv // p.page_size)
   is_interpreted = interpret is not None
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
-  load = functools.partial(mosaic.load_rows, interpret=is_interpreted)
-  store = functools.partial(mosaic.store_rows, interpret=is_interpreted)
+  sizes = tile_columns(p, chunks)
+  store = functools.partial(columns_sm90.store, turned=p.has_scales, interpret=is_interpreted)
   units = make_units(p, chunks, block_kv, operands)
   num_units = 0 if units is None else units.leads.size
   width = cdiv(ROWS, group)  # of a row of units.tokens
   look = functools.partial(sequence, p, chunks, block_kv)
-  # Two accumulators of head_dim 256 are more than the registers of a warpgroup.
-  is_folded = chunks.max_count > 1 and D <= 128
+  # Two accumulators of head_dim 128 and 64 columns are more than the registers of a warpgroup.
+  is_folded = chunks.max_count > 1 and D * sizes[0] <= 64 * ROWS
+
+  def is_wide(s):
+    """Whether a sequence or unit wants the second size of tiles, whose chunks are a part each."""
+    return s.query_len * group > sizes[0]
 
   def lay(starts, kv_lens, units):
     """The line of tiles, units after sequences, and its segments."""
 
     def length(b):
       s = look(starts, kv_lens, units, b)
-      return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1), 0)
+      return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1) + COST, 0)
 
     line = Line(p.batch + num_units, length, interpret=is_interpreted)
     enough = num_lanes if p.has_scales else ENOUGH_LANES  # widening keeps a lane busier than memory does
@@ -320,7 +345,7 @@ def forward(
     lens = starts, kv_lens, units
     scales_gmem, refs = (refs[:2], refs[2:]) if p.has_scales else ((), refs)
     out_gmem, lse_gmem, *parts = refs[:-num_scratch]
-    q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, *wide = refs[-num_scratch:]
+    q_smem, p_smem, k_smem, v_smem, warps_smem, k_barriers, v_barriers, *scale_smem = refs[-num_scratch:]
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
     def over_chunks(lane, body, carry):
@@ -357,144 +382,180 @@ def forward(
       first = lax.div(s.first_key, jnp.int32(p.page_size)) if p.window is not None else 0
       return first, lax.div(s.kv_len - 1, jnp.int32(p.page_size))
 
+    def first_page_of(t):
+      return lax.div(t * block_kv, jnp.int32(p.page_size))
+
+    def rings_of(lane):
+      """Of K and V."""
+      make = lambda tiles, barriers: Ring(tiles, barriers, lane * stages, stages, is_interpreted)  # noqa: E731
+      return make(k_smem, k_barriers), make(v_smem, v_barriers)
+
     def fetch(lane):
+      rings = rings_of(lane)
+
       def one_chunk(b, s, mine, head, chunk, done):
         low, high = chunk_tiles(s, chunk)
         first_page, last_page = visible_pages(s)
 
-        @pl.loop(low, high)
-        def one_tile(t):
+        def page_ids(t):
+          """Of tile t, as `Ring.fetch` wants them."""
+          look_up = lambda n: pages[s.row, jnp.clip(first_page_of(t) + n, first_page, last_page)]  # noqa: E731
+          if is_interpreted:
+            return [look_up(n) for n in range(tile_pages)]
+          return look_up(lax.rem(mosaic.thread(), jnp.int32(tile_pages)))
+
+        def one_tile(t, ids):
           i = done + t - low
-          slot = lane * stages + lax.rem(i, jnp.int32(stages))
-          page = lax.div(t * block_kv, jnp.int32(p.page_size))
-          ids = [pages[s.row, jnp.clip(page + n, first_page, last_page)] for n in range(tile_pages)]
-          rows = pl.ds(t * block_kv - page * p.page_size, min(block_kv, p.page_size))
-          for gmem, smem, full, empty in ((k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)):
-            pl.when(i >= stages)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
-            for n, page_id in enumerate(ids):
-              place = smem.at[slot, pl.ds(n * p.page_size, p.page_size)] if tile_pages > 1 else smem.at[slot]
-              plgpu.copy_gmem_to_smem(gmem.at[page_id, rows, head], place, full.at[slot])
+          later = page_ids(jnp.minimum(t + 1, high - 1))  # they arrive meanwhile
+          row = t * block_kv - first_page_of(t) * p.page_size
+          for ring, gmem in zip(rings, (k_gmem, v_gmem), strict=True):
+            ring.wait_empty(i)
+            ring.fetch(i, gmem, ids, row, head)
+          return later
+
+        @pl.when(low < high)
+        def _():
+          lax.fori_loop(low, high, one_tile, page_ids(low))
 
         return done + high - low
 
       done = over_chunks(lane, one_chunk, jnp.int32(0))
+      for ring in rings:
+        ring.drain(done)
 
-      @pl.loop(jnp.maximum(done - stages, 0), done)
-      def _(i):  # the interpreter wants every completion of a barrier observed
-        slot = lane * stages + lax.rem(i, jnp.int32(stages))
-        plgpu.barrier_wait(k_empty.at[slot])
-        plgpu.barrier_wait(v_empty.at[slot])
-
-    def scales(s, head, t):
-      """Scales of K and V of tile t, 0 where nobody sees a token; one row's in each thread, as `dequantise` wants."""
+    def scale_pages(s, t):
+      """The page that holds the scales of tile t; of one row in each thread. A list of all in the interpreter."""
       first_page, last_page = visible_pages(s)
+      look_up = lambda page: pages[s.row, jnp.maximum(jnp.clip(page, first_page, last_page), 0)]  # noqa: E731
+      if is_interpreted:
+        return [look_up(first_page_of(t) + n) for n in range(tile_pages)]
+      return look_up(lax.div(t * block_kv + lax.rem(mosaic.thread(), jnp.int32(block_kv)), jnp.int32(p.page_size)))
 
-      def of_rows(page, rows, key):
-        page_id = jnp.where(s.kv_len > 0, pages[s.row, jnp.clip(page, first_page, last_page)], 0)  # no keys, no page
+    def scales(s, head, t, page_ids):
+      """Scales of K and V of tile t, 0 where nobody sees a token; one row's in each thread, for `put_row_values`."""
+
+      def of_rows(page_id, rows, key):
         is_seen = (key >= s.first_key) & (key < s.kv_len)
         return [jnp.where(is_seen, gmem[page_id, rows, head], 0.0) for gmem in scales_gmem]
 
       first = t * block_kv
       if not is_interpreted:
         key = first + lax.rem(mosaic.thread(), jnp.int32(block_kv))
-        page, row = divide(key, p.page_size)
-        return of_rows(page, row, key)
-      page, row = divide(first, p.page_size)
-      size = block_kv // tile_pages
+        return of_rows(page_ids, lax.rem(key, jnp.int32(p.page_size)), key)
+      size, row = block_kv // tile_pages, lax.rem(first, jnp.int32(p.page_size))
       keys = [first + n * size + jnp.arange(size) for n in range(tile_pages)]
-      parts = [of_rows(page + n, pl.ds(row, size), key) for n, key in enumerate(keys)]
+      parts = [of_rows(page_id, pl.ds(row, size), key) for page_id, key in zip(page_ids, keys, strict=True)]
       return [jnp.concatenate(x) for x in zip(*parts, strict=True)]
 
-    def nothing():
-      return mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS,), -jnp.inf, ROW), mosaic.full((ROWS,), 0.0, ROW)
+    def nothing(columns):
+      per_column = lambda value: mosaic.full((columns,), value, COLUMN)  # noqa: E731
+      return mosaic.full((D, columns), 0.0), per_column(-jnp.inf), per_column(0.0)
 
     def compute(lane):
-      q_tile = q_smem.at[lane]
+      k_ring, v_ring = rings_of(lane)
+      # On a CPU a column's rounding hangs on how many there are.
+      few, *more = (ROWS,) * len(sizes) if is_interpreted else sizes
 
       def one_chunk(b, s, mine, head, chunk, carry):
+        run = functools.partial(some_columns, b, s, mine, head, chunk)
+        narrow = functools.partial(run, few, is_folded)
+        return lax.cond(is_wide(s), functools.partial(run, more[0], False), narrow, carry) if more else narrow(carry)
+
+      def some_columns(b, s, mine, head, chunk, columns, is_folded, carry):
         done, *state = carry
+        q_tile, p_tile = (x.at[lane, pl.ds(0, columns)] if more else x.at[lane] for x in (q_smem, p_smem))
+        over_warps = warps_smem.at[lane]
         low, high = chunk_tiles(s, chunk)
         rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
         if units is not None:
           first = jnp.where(s.unit < 0, rows.first, head * group)
           rows = rows._replace(first=first, index=units.tokens, at=s.unit * width)
+
+        def put_scales(i, values):
+          """Those of a chunk's tile, the i-th that the lane computes."""
+          buffer = scale_smem[0].at[lane, lax.rem(i, jnp.int32(2))]
+          columns_sm90.put_row_values(buffer, values, interpret=is_interpreted)
+
         plgpu.commit_smem()  # all have read the last queries
-        q_tile[...] = load(q_gmem, rows)
-        plgpu.commit_smem()
-        # Row r sees the keys [r_low, r_high).
-        r_high = s.kv_len
-        if max_rows > group:
-          row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-          token = sum(jnp.where(row >= first, 1, 0) for first in range(group, max_rows, group))  # row // group
-          r_high = jnp.minimum(token + (s.offset + 1), s.kv_len)
-        r_low = None if p.window is None else r_high - (1 + p.window)
+        if p.has_scales:
+          pl.when(low < high)(lambda: put_scales(done, scales(s, head, low, scale_pages(s, low))))
+        mosaic.copy_rows(q_gmem, rows, q_tile, turned=p.has_scales, interpret=is_interpreted)
+
+        def cut(scores, column):
+          """-inf where a query does not see a key: query token i sees [i + offset - window, i + offset]."""
+          key = column + plgpu.broadcasted_iota(jnp.int32, (block_kv,), 0, layout=ROW)
+          first = jnp.where(key < s.kv_len, (key - s.offset) * group, ROWS)
+          past = None if p.window is None else (key - s.offset + (p.window + 1)) * group
+          return mosaic.keep(scores, first, past, interpret=is_interpreted)
 
         def one_tile(t, carry, *, masked):
-          acc, row_max, row_sum, *now = carry
-          slot = lane * stages + lax.rem(done + t - low, jnp.int32(stages))
+          acc, top, total, *page_ids = carry
+          i = done + t - low
           column = t * block_kv
-          k_tile, v_tile = k_smem.at[slot], v_smem.at[slot]
-          if wide:  # the next tile's scales arrive meanwhile
-            quantised = k_tile, v_tile
-            k_tile, v_tile, k_scales, v_scales = (x.at[lane] for x in wide)
-            later = scales(s, head, jnp.minimum(t + 1, high - 1))
-          plgpu.barrier_wait(k_full.at[slot])
-          if wide:
-            mosaic.dequantise(k_tile, k_scales, quantised[0], now[0], interpret=is_interpreted)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(k_empty.at[slot])
-          scores = mosaic.matmul(q_tile, k_tile.T)
-          if wide:
-            scores = mosaic.scale_columns(scores, k_scales, interpret=is_interpreted)
+          k_tile, v_tile = k_ring.tile(i), v_ring.tile(i)
+          if p.has_scales:  # the next tile's scales arrive meanwhile, and where those of the one after it lie
+            later = scales(s, head, jnp.minimum(t + 1, high - 1), page_ids[0])
+            page_ids = (scale_pages(s, jnp.minimum(t + 2, high - 1)),)
+            k_scales, v_scales = (scale_smem[0].at[lane, lax.rem(i, jnp.int32(2)), n] for n in range(2))
+          k_ring.wait_full(i)
+          if p.has_scales:
+            keys = columns_sm90.widen(k_tile, turned=False, interpret=is_interpreted)
+            scores = columns_sm90.product(keys, q_tile, interpret=is_interpreted)
+            scores = columns_sm90.scale_rows(scores, k_scales, interpret=is_interpreted)
           else:
-            plgpu.barrier_arrive(k_empty.at[slot])
+            scores = columns_sm90.product(k_tile, q_tile, interpret=is_interpreted)
+          k_ring.release(i)
           if p.soft_cap is not None:
             scores = jnp.tanh(scores * (p.scale / p.soft_cap))
           if masked:
-            cut = None if r_low is None else r_low - column
-            scores = mosaic.keep(scores, cut, r_high - column, interpret=is_interpreted)
-          new_max = jnp.maximum(row_max, scores.max(axis=1))
-          shift = new_max * factor
+            scores = cut(scores, column)
+          new_top = jnp.maximum(top, columns_sm90.maximum(scores, over_warps, interpret=is_interpreted))
+          shift = new_top * factor
           if masked:
-            shift = jnp.where(new_max == -jnp.inf, 0.0, shift)  # a row that has seen nothing yet
-          # A row's bits must depend neither on the program around it, hence fmas that no compiler chooses, nor on the
-          # rows beside it, and `rescale` looks at whether any alpha is below 1: without a new maximum it is exactly 1.
-          alpha = jnp.exp2(mosaic.multiply_add(row_max, factor, -shift, interpret=is_interpreted))
-          alpha = jnp.where(new_max > row_max, alpha, 1.0)
-          prob, sums = mosaic.exponentials(scores, factor, shift, interpret=is_interpreted)
-          row_sum = mosaic.multiply_add(row_sum, alpha, sums, interpret=is_interpreted)
-          acc = mosaic.rescale(acc, alpha, interpret=is_interpreted)
-          plgpu.barrier_wait(v_full.at[slot])
-          if wide:
-            mosaic.dequantise(v_tile, v_scales, quantised[1], now[1], interpret=is_interpreted)
+            shift = jnp.where(new_top == -jnp.inf, 0.0, shift)  # a query that has seen nothing yet
+          # A query's bits must depend neither on the program around it, hence fmas that no compiler chooses, nor on the
+          # queries beside it. Without a new maximum alpha is exactly 1.
+          alpha = jnp.exp2(mosaic.multiply_add(top, factor, -shift, interpret=is_interpreted))
+          alpha = jnp.where(new_top > top, alpha, 1.0)
+          prob, sums = columns_sm90.exponentials(scores, factor, shift, interpret=is_interpreted)
+          total = mosaic.multiply_add(total, alpha, sums, interpret=is_interpreted)
+          acc = acc * down(alpha, acc)
+          if p.has_scales:
+            prob = columns_sm90.scale_rows(prob, v_scales, interpret=is_interpreted)
+          columns_sm90.put(prob.astype(dtype), p_tile, interpret=is_interpreted)
+          v_ring.wait_full(i)
+          if p.has_scales:
+            values = columns_sm90.widen(v_tile, turned=True, interpret=is_interpreted)
+            put_scales(i + 1, later)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(v_empty.at[slot])
-            prob = mosaic.scale_columns(prob, v_scales, interpret=is_interpreted)
-          if masked:  # what nobody owns may be NaN, and 0 * NaN is NaN
+            acc = columns_sm90.product(values, p_tile, acc, interpret=is_interpreted)
+          else:
+            if masked:  # what nobody owns may be NaN, and 0 * NaN is NaN
 
-            @pl.when((s.kv_len < column + block_kv) | (s.first_key > column))
-            def _():
-              before = None if p.window is None else s.first_key - column
-              mosaic.zero_rows(v_tile, s.kv_len - column, before, interpret=is_interpreted)
-              plgpu.commit_smem()
+              @pl.when((s.kv_len < column + block_kv) | (s.first_key > column))
+              def _():
+                before = None if p.window is None else s.first_key - column
+                mosaic.zero_rows(v_tile, s.kv_len - column, before, interpret=is_interpreted)
 
-          acc = mosaic.add_matmul(acc, prob.astype(dtype), v_tile, interpret=is_interpreted)
-          if not wide:
-            plgpu.barrier_arrive(v_empty.at[slot])
-            return acc, new_max, row_sum
-          return acc, new_max, row_sum, *later
+            plgpu.commit_smem()
+            acc = columns_sm90.product(v_tile, p_tile, acc, turned=True, interpret=is_interpreted)
+          v_ring.release(i)
+          return acc, new_top, total, *page_ids
 
-        # Tiles [begin, end) are seen whole by every row.
+        # Tiles [begin, end) are seen whole by every query.
         begin, end = low, jnp.clip(lax.div(s.offset + 1, jnp.int32(block_kv)), low, high)
         if p.window is not None:
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
-        carry = *nothing(), *(scales(s, head, low) if wide else ())
+        carry = nothing(columns)
+        if p.has_scales:
+          carry = *carry, scale_pages(s, jnp.minimum(low + 1, jnp.maximum(high, 1) - 1))
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
           if start is not stop:
             carry = lax.fori_loop(start, stop, lambda t, carry, masked=masked: one_tile(t, carry, masked=masked), carry)
-        acc, row_max, row_sum, *_ = carry
-        result = acc, row_max, mosaic.total(row_sum, interpret=is_interpreted)
+        acc, top, total, *_ = carry
+        plgpu.commit_smem()  # all have read what is over the warps
+        result = acc, top, columns_sm90.total(total, over_warps, interpret=is_interpreted)
         if not is_folded:
           is_whole = s.count == 1 if units is None else (s.count == 1) & (s.unit < 0)
           if chunks.max_count > 1:
@@ -502,9 +563,9 @@ def forward(
             pl.when(is_whole)(lambda: write(s, head, rows, result))
           else:
             write(s, head, rows, result)
-          return (done + high - low,)
+          return done + high - low, *state
         first, past = mine
-        state = lax.cond((chunk == 0) | (first > 0), nothing, lambda: tuple(state))
+        state = lax.cond((chunk == 0) | (first > 0), lambda: nothing(columns), lambda: tuple(state))
         state = mosaic.fold(state, result, factor, interpret=is_interpreted)
         is_whole = (first == 0) & (past == s.count)
         if units is not None:
@@ -517,8 +578,9 @@ def forward(
       def write(s, head, rows, state):
         sink = None
         if sinks is not None:
-          sink = with_sink(s, load(sinks, Rows(head * group, s.query_len * group, group, 0)))
-        out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
+          of_heads = Rows(head * group, s.query_len * group, group, 0)
+          sink = with_sink(s, columns_sm90.load(sinks, of_heads, len(state[1]), interpret=is_interpreted))
+        out, lse = mosaic.finish(state, sink, factor, axis=1, interpret=is_interpreted)
         store(lse_gmem, rows, lse)
         store(out_gmem, rows, out.astype(dtype))
 
@@ -530,16 +592,19 @@ def forward(
         for gmem, x in zip(parts, state, strict=True):
           store(gmem, rows, x)
 
-      over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing() if is_folded else ())))
+      over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing(few) if is_folded else ())))
+
+    if not is_interpreted:
+      rings_sm90.start([k_barriers, v_barriers], readers=1)
 
     @pl.when(warpgroup < lanes)
     def _():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(216, action="increase")
       compute(warpgroup)
 
     @pl.when(warpgroup == lanes)
     def _():
-      plgpu.set_max_registers(40, action="decrease")  # a launch of 3 warpgroups has 504 a lane: 2 x 232 + 40
+      plgpu.set_max_registers(72, action="decrease")  # a launch of 3 warpgroups has 504 a lane: 2 x 216 + 72
 
       @plgpu.warp_map
       def _(warp):
@@ -608,25 +673,23 @@ def forward(
       # The first part holds the chunks that begin in the same segment as the sequence, or its unit.
       place = line.start(where)
       done = chunks_before(first, (lax.div(place, segments.size) + 1) * segments.size - place)
-      done = done if is_folded else 1
+      done = (jnp.where(is_wide(first), 1, done) if len(sizes) > 1 else done) if is_folded else 1
       pl.when((s.count > done) | has_unit)(lambda: fold_parts(done))
 
   rows_per_block = max(1, THREADS // D)
   row_blocks = cdiv(max_rows, rows_per_block)
+  columns = ROWS if is_interpreted else sizes[-1]
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
-  full, empty = (
-    plgpu.Barrier(num_arrivals=tile_pages, num_barriers=lanes * stages),
-    plgpu.Barrier(num_barriers=lanes * stages),
-  )
   scratch = [
-    mosaic.smem((lanes, ROWS, D), dtype),
+    mosaic.smem((lanes, columns, D), dtype),  # queries
+    mosaic.smem((lanes, columns, block_kv), dtype),  # probabilities
     *(mosaic.smem((lanes * stages, block_kv, D), operands.k_pages.dtype) for _ in range(2)),
-    *(full, empty, full, empty),
+    plgpu.SMEM((lanes, columns_sm90.WARPS, columns), jnp.float32),
+    *(rings_sm90.scratch(lanes * stages, tile_pages, interpret=is_interpreted) for _ in range(2)),
   ]
-  if p.has_scales:  # where 8-bit tiles of K and V become wider ones
-    scratch += [mosaic.smem((lanes, block_kv, D), dtype) for _ in range(2)]
-    scratch += [plgpu.SMEM((lanes, block_kv), jnp.float32) for _ in range(2)]
+  if p.has_scales:  # of two tiles
+    scratch.append(plgpu.SMEM((lanes, 2, 2, block_kv), jnp.float32))
   num_scratch = len(scratch)
   attend = plgpu.kernel(
     kernel,
