@@ -233,6 +233,11 @@ class Line:
     total, longest = self._loop(lambda b, n, total, top: (total + n, jnp.maximum(top, n)), zero, zero)
     return self._reduce("add", total), self._reduce("max", longest)
 
+  def longest_below(self, bound: Any) -> Any:
+    """Tiles of the longest of the sequences that have fewer than `bound`; 0 if none has any."""
+    (longest,) = self._loop(lambda b, n, top: (jnp.maximum(top, jnp.where(n < bound, n, 0)),), jnp.int32(0))
+    return self._reduce("max", longest)
+
   def start(self, b: Any) -> Any:
     """Where sequence b begins."""
     (total,) = self._loop(lambda other, n, total: (total + jnp.where(other < b, n, 0),), jnp.int32(0))

@@ -285,10 +285,8 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
       assert size % longest == 0
 
 
-@pytest.mark.parametrize("is_warp", [False, True])
-@pytest.mark.parametrize("batch", [1, 5, 32, 77])
-def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
-  """In the interpreter's loop, and in a warp: `jax.vmap` over its 32 lanes."""
+def pretend_warp(monkeypatch):
+  """A warp is `jax.vmap` over its 32 lanes."""
 
   def over_warp(operation, x):
     if operation == "before":
@@ -297,22 +295,31 @@ def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
 
   monkeypatch.setattr(mosaic, "thread", lambda: 96 + jax.lax.axis_index("lane"))
   monkeypatch.setattr(mosaic, "over_warp", over_warp)
+
+
+@pytest.mark.parametrize("is_warp", [False, True])
+@pytest.mark.parametrize("batch", [1, 5, 32, 77])
+def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
+  """In the interpreter's loop, and in a warp."""
+  pretend_warp(monkeypatch)
   rng = np.random.default_rng(batch)
   lengths = rng.zipf(1.5, batch).clip(0, 50).astype(np.int32) * rng.integers(0, 2, batch, np.int32)
   ends = np.cumsum(lengths)
   line = paged_decode_sm90.Line(batch, lambda b: jnp.asarray(lengths)[b], interpret=not is_warp)
   places = rng.integers(0, ends[-1] + 5, 9).astype(np.int32)
+  bound = int(rng.integers(1, 50))
 
   @jax.jit
   @functools.partial(jax.vmap, axis_name="lane", axis_size=32)
   def look():
-    return line.measure(), line.start(batch // 2), line.find(*places)
+    return line.measure(), line.start(batch // 2), line.find(*places), line.longest_below(bound)
 
   def wanted(place):
     index = np.searchsorted(ends, place, side="right")
     return index, ends[index - 1] if index else 0
 
   want = (ends[-1], lengths.max()), lengths[: batch // 2].sum(), [wanted(x) for x in places]
+  want += (max([0, *lengths[lengths < bound]]),)
   for got, x in zip(jax.tree.leaves(look()), jax.tree.leaves(want), strict=True):
     assert (got == x).all()
 
@@ -350,40 +357,40 @@ def test_inactive_slots_give_nothing():
   assert np.isfinite(lse[43:]).all() and out[43:].any((1, 2)).all()
 
 
-WORK = jax.jit(paged_prefill_sm90.work, static_argnums=(0, 1))
-
-
-@pytest.mark.parametrize("window", [None, 40])
-def test_the_work_is_every_row_once_the_longest_first(window):
-  """Against a loop over the sequences."""
-  block_q, batch, few, tokens = 64, 5, 16, 301
-  problem = problem_of(num_heads=4, batch=batch, num_tokens=tokens, max_query_len=100, window=window)
+@pytest.mark.parametrize("is_warp", [False, True])
+def test_sequences_come_about_the_longest_first(is_warp, monkeypatch):
+  """Against sorting: those that have more query tokens than the decode kernel takes; and tokens that get nothing."""
+  block_q, block_kv, batch, few, tokens = 64, 64, 5, 16, 301
+  problem = problem_of(num_heads=4, batch=batch, num_tokens=tokens, max_query_len=100)
   assert paged_decode_sm90.max_tokens(problem) == few
-  for seed in range(20):
+  pretend_warp(monkeypatch)
+
+  @jax.jit
+  @functools.partial(jax.vmap, axis_name="lane", axis_size=32, in_axes=None)
+  def look(starts, lens):
+    order = paged_prefill_sm90.Order(problem, block_q, block_kv, starts, lens, interpret=not is_warp)
+    one = lambda key, _: (order.next(key)[0], order.next(key))  # noqa: E731
+    keys, found = jax.lax.scan(one, jnp.int32(2**31 - 1), length=batch)[1]
+    dead = order.dead()
+    sizes = [dead.length(b) for b in range(batch + 1)]
+    return order.count(), keys, found, order.tiles(found), dead.measure()[0], sizes
+
+  for seed in range(10):
     rng = np.random.default_rng(seed)
     query_lens = rng.choice([0, 1, few, few + 1, 32, 33, 64, 100], batch)
     query_lens = np.where(np.cumsum(query_lens) > tokens, 0, query_lens)
-    kv_lens = np.where(rng.random(batch) < 0.2, 0, query_lens + rng.choice([0, 1000], batch))
+    kv_lens = np.where(rng.random(batch) < 0.2, 0, query_lens + rng.choice([0, 70, 1000], batch))
     starts = np.concatenate([[0], np.cumsum(query_lens)])
-    starts, lens = (jnp.asarray(x, jnp.int32) for x in (starts, kv_lens))
-    tiles, (live, used) = map(np.asarray, WORK(problem, block_q, starts, lens))
-    sizes = [*zip(range(batch), starts[:-1], query_lens, kv_lens, strict=True)]
-    sizes = [x for x in sizes if x[2] > few] + [(batch, starts[-1], tokens - starts[-1], 0)]
-    wanted = [(b, row, start, n, kv_len) for b, start, n, kv_len in sizes for row in range(0, int(n) * 4, block_q)]
-    got = [tuple(row) for row in tiles[:used].tolist()]
-    assert sorted(got) == sorted(tuple(map(int, row)) for row in wanted)
-    assert all((kv_len > 0) == (i < live) for i, (*_, kv_len) in enumerate(got))
-    if window is None:
-      last_keys = [kv_len - n + min((row + block_q) // 4, n) for _, row, _, n, kv_len in got[:live]]
-      assert last_keys == sorted(last_keys, reverse=True)
-
-
-def test_the_work_fits_an_array_of_its_size():
-  """As many sequences as can be, each with a last tile that is hardly begun."""
-  problem = problem_of(num_heads=4, batch=4, num_tokens=4 * 17, max_query_len=17)
-  starts = jnp.arange(5, dtype=jnp.int32) * 17
-  tiles, (live, used) = WORK(problem, 64, starts, starts[1:])
-  assert live == used == 8 <= len(tiles)
+    lanes = look(*(jnp.asarray(x, jnp.int32) for x in (starts, kv_lens)))
+    assert all((x == x[:1]).all() for x in jax.tree.leaves(lanes))
+    (count, num_tiles), keys, found, tiles, dead, of_each = jax.tree.map(lambda x: np.asarray(x)[0], lanes)
+    mine = [b for b in range(batch) if query_lens[b] > few and kv_lens[b]]
+    mine.sort(key=lambda b: (-(-kv_lens[b] // block_kv), b), reverse=True)  # the most KV tiles first
+    assert list(found[:count]) == mine and (keys[:count] > 0).all() and (keys[count:] == 0).all()
+    assert list(tiles[:count]) == [-(-query_lens[b] * 4 // block_q) for b in mine] and num_tiles == tiles[:count].sum()
+    nothing = [n if n > few and not kv_len else 0 for n, kv_len in zip(query_lens, kv_lens, strict=True)]
+    nothing.append(tokens - starts[-1])
+    assert list(of_each) == nothing and dead == sum(nothing)
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 511, 512, 513, 8192, 40_000, 131_072])
