@@ -874,14 +874,39 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
     lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
     is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.utils.c(0, i32))
     for half, (alive, place) in enumerate(places):
+      registers, columns = list(x.registers.flat[half::2]), 8  # from one to the next
       if is_row:  # one value for each row, known to four lanes
         alive = arith.andi(alive, is_first)
+      elif element.width == 16:  # 16 bytes at a time: whole sectors of memory
+        words = [llvm.bitcast(i32, register) for register in registers]
+        turned = [_turn_quad(words[i : i + 4]) for i in range(0, len(words), 4)]
+        registers, columns = [vector.from_elements(ir.VectorType.get((4,), i32), x) for x in turned], 32
       with mgpu.utils.when(alive):
         pointer = _row_pointer(ref, place)
-        for group, register in enumerate(x.registers.flat[half::2]):
-          llvm.store(register, mgpu.utils.getelementptr(pointer, [8 * group], element))
+        if columns == 32:  # past the columns of the lane in the first 8, to its own 8 of the first 32
+          skip = arith.muli(lane, mgpu.utils.c(6, i32))
+          pointer = mgpu.utils.getelementptr(pointer, [skip], element)
+        for group, register in enumerate(registers):
+          llvm.store(register, mgpu.utils.getelementptr(pointer, [columns * group], element))
 
   store(ref, x, *rows.traced())
+
+
+def _turn_quad(words: list[Any]) -> list[Any]:
+  """Word i of lane j of four for word j of lane i, four words in each lane."""
+  i32 = ir.IntegerType.get_signless(32)
+  lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
+  for distance in (1, 2):
+    bit = arith.andi(lane, mgpu.utils.c(distance, i32))
+    is_upper = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.utils.c(0, i32))
+    turned: list[Any] = [None] * 4
+    for low in (i for i in range(4) if not i & distance):
+      high = low + distance
+      theirs = mgpu.utils.shfl_bfly(arith.select(is_upper, words[low], words[high]), distance)
+      turned[low] = arith.select(is_upper, theirs, words[low])
+      turned[high] = arith.select(is_upper, words[high], theirs)
+    words = turned
+  return words
 
 
 def copy_rows(ref: Any, rows: Rows, tile: Any, *, interpret: bool) -> None:

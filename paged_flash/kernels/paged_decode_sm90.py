@@ -583,29 +583,35 @@ def forward(
         out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
         return (s.first_token + token) * H + query_head, out.astype(dtype), lse
 
-      if is_interpreted:
+      def of_rows(some_rows):
+        if is_interpreted:
 
-        @pl.loop(0, rows_per_block)
-        def _(n):
-          row = some_rows * rows_per_block + n
+          @pl.loop(0, rows_per_block)
+          def _(n):
+            row = some_rows * rows_per_block + n
 
-          @pl.when(row < s.query_len * group)
-          def _():
-            columns = pl.ds(column, D // slices)
-            index, out, lse = one_row(row, columns)
-            out_gmem[index, columns] = out
-
-            @pl.when(column == 0)
+            @pl.when(row < s.query_len * group)
             def _():
-              lse_gmem[index] = lse
+              columns = pl.ds(column, D // slices)
+              index, out, lse = one_row(row, columns)
+              out_gmem[index, columns] = out
 
+              @pl.when(column == 0)
+              def _():
+                lse_gmem[index] = lse
+
+        else:
+          n, columns = divide(mosaic.thread(), D // slices)
+          row = some_rows * rows_per_block + n
+          is_alive, columns = row < s.query_len * group, column + columns
+          index, out, lse = one_row(jnp.where(is_alive, row, 0), columns)
+          mosaic.store_value(out_gmem, index, columns, out, is_alive)
+          mosaic.store_value(lse_gmem, index, None, lse, is_alive & (columns == 0))
+
+      if row_blocks * rows_per_block >= max_rows:
+        of_rows(some_rows)
       else:
-        n, columns = divide(mosaic.thread(), D // slices)
-        row = some_rows * rows_per_block + n
-        is_alive, columns = row < s.query_len * group, column + columns
-        index, out, lse = one_row(jnp.where(is_alive, row, 0), columns)
-        mosaic.store_value(out_gmem, index, columns, out, is_alive)
-        mosaic.store_value(lse_gmem, index, None, lse, is_alive & (columns == 0))
+        pl.loop(some_rows, cdiv(s.query_len * group, rows_per_block), step=row_blocks)(of_rows)
 
     @pl.when(((s.count > 1) | has_unit) & (some_rows * rows_per_block < s.query_len * group))
     def _():  # all others need not measure the line
@@ -617,7 +623,8 @@ def forward(
       pl.when((s.count > done) | has_unit)(lambda: fold_parts(done))
 
   rows_per_block = max(1, THREADS // D)
-  row_blocks = cdiv(max_rows, rows_per_block)
+  # Where there can be long chunks too, hardly any block would have rows but those of the first token.
+  row_blocks = cdiv(max_rows if p.max_query_len <= max_tokens(p) else group, rows_per_block)
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
   full, empty = (
