@@ -34,14 +34,17 @@ from paged_flash.kernels.problem import PagedOperands, PagedProblem
 
 
 class Order(Line):
-  """The order of tiles of queries of the sequences with more than `max_tokens` query tokens, and keys.
+  """The order of tiles of queries of the sequences with more than `few` query tokens, and keys.
 
   The sequence with the most KV tiles comes first, and of each its last tile, so that tiles come about the longest
   first. No array is sorted: a warp looks for the sequence with the most KV tiles of those with fewer than the last.
   """
 
-  def __init__(self, problem: PagedProblem, block_q: int, block_kv: int, starts: Any, kv_lens: Any, *, interpret: bool):
-    self.problem, self.block_q, self.block_kv, self.starts, self.kv_lens = problem, block_q, block_kv, starts, kv_lens
+  def __init__(
+    self, problem: PagedProblem, few: int, block_q: int, block_kv: int, starts: Any, kv_lens: Any, *, interpret: bool
+  ):
+    self.problem, self.few, self.block_q, self.block_kv = problem, few, block_q, block_kv
+    self.starts, self.kv_lens = starts, kv_lens
     super().__init__(problem.batch, self.key, interpret=interpret)
 
   def sequence(self, b: Any) -> tuple[Any, Any, Any]:
@@ -52,7 +55,7 @@ class Order(Line):
   def key(self, b: Any) -> Any:
     """Those with a greater one come first; no two have the same. 0 if there is nothing to do."""
     _, query_len, kv_len = self.sequence(b)
-    is_mine = (query_len > max_tokens(self.problem)) & (kv_len > 0)
+    is_mine = (query_len > self.few) & (kv_len > 0)
     return jnp.where(is_mine, cdiv(kv_len, self.block_kv) * self.batch + b, 0)
 
   def tiles(self, b: Any) -> Any:
@@ -81,7 +84,7 @@ class Order(Line):
 
     def tokens(b):
       start, query_len, kv_len = self.sequence(jnp.minimum(b, last))
-      is_dead = (query_len > max_tokens(self.problem)) & (kv_len <= 0)
+      is_dead = (query_len > self.few) & (kv_len <= 0)
       return jnp.where(b > last, self.problem.num_tokens - start - query_len, jnp.where(is_dead, query_len, 0))
 
     return Line(self.batch + 1, tokens, interpret=self.interpret)
@@ -105,8 +108,7 @@ class _Item(NamedTuple):
 def forward(
   problem: PagedProblem,
   operands: PagedOperands,
-  out: jax.Array,
-  lse: jax.Array,
+  others: tuple[jax.Array, jax.Array] | None = None,
   *,
   num_wgs: int,
   block_kv: int,
@@ -115,13 +117,12 @@ def forward(
   num_blocks: int | None = None,
   interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention of the sequences with more than `max_tokens` query tokens, and its LSE.
+  """Attention of the sequences with more than `max_tokens` query tokens, or of all, and its LSE.
 
   Args:
     problem: What to compute; `paged_sm90.supports` must be "".
     operands: The arrays; `query_starts` is not None.
-    out: [T, H, D], consumed.
-    lse: f32[T, H], consumed.
+    others: Output [T, H, D] and LSE f32[T, H] of the sequences with fewer, consumed; None: it serves these too.
     num_wgs: Compute warpgroups of a block, 1 to 3, 64 rows each.
     block_kv: Keys of a tile, a multiple of 64; `page_size` divides it or is a multiple of it.
     stages: Tiles in the rings of K and V.
@@ -130,12 +131,14 @@ def forward(
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
 
   Returns:
-    `out` and `lse` with these sequences' rows written, and 0 and -inf for tokens of no sequence.
+    Output and LSE of all sequences; 0 and -inf for tokens of no sequence.
   """
   p = problem
   T, H, K, D, dtype = p.num_tokens, p.num_heads, p.num_kv_heads, p.head_dim, operands.query.dtype
   group, block_q = H // K, ROWS * num_wgs
-  num_blocks = num_blocks or mosaic.num_multiprocessors()
+  few = 0 if others is None else max_tokens(p)
+  most_items = K * (T * group // block_q + min(p.batch, T // (few + 1)))
+  num_blocks = max(1, min(num_blocks or mosaic.num_multiprocessors(), most_items))
   tile_pages = max(1, block_kv // p.page_size)
   is_interpreted = interpret is not None
   assert operands.query_starts is not None
@@ -145,7 +148,7 @@ def forward(
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, telling,
   ):  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-    order = Order(p, block_q, block_kv, starts, kv_lens, interpret=is_interpreted)
+    order = Order(p, few, block_q, block_kv, starts, kv_lens, interpret=is_interpreted)
     items = Told(telling, 7, interpret=is_interpreted)
 
     def item(told):
@@ -358,12 +361,12 @@ def forward(
 
     @pl.when(warpgroup < num_wgs)
     def _():
-      plgpu.set_max_registers(160 if num_wgs == 3 else 240, action="increase")
+      plgpu.set_max_registers(160 if num_wgs == 3 else 232, action="increase")
       compute()
 
     @pl.when(warpgroup == num_wgs)
     def _():
-      plgpu.set_max_registers(32 if num_wgs == 3 else 24, action="decrease")
+      plgpu.set_max_registers(32 if num_wgs == 3 else 40, action="decrease")
 
       @plgpu.warp_map
       def _(warp):
@@ -373,10 +376,11 @@ def forward(
 
   full, empty = plgpu.Barrier, plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
-  out_ref, lse_ref = jax.new_ref(out.reshape(T * H, D)), jax.new_ref(lse.reshape(T * H))
-  plgpu.kernel(
+  new = (jax.ShapeDtypeStruct((T * H, D), dtype), jax.ShapeDtypeStruct((T * H,), jnp.float32))
+  written = () if others is None else tuple(jax.new_ref(x.reshape(y.shape)) for x, y in zip(others, new, strict=True))
+  out = plgpu.kernel(
     kernel,
-    out_type=(),
+    out_type=() if others else new,
     grid=(num_blocks,),
     grid_names=("block",),
     num_threads=num_wgs + 1,
@@ -394,6 +398,7 @@ def forward(
     interpret=interpret,
   )(
     *(operands.query.reshape(T * H, D), operands.k_pages, operands.v_pages, operands.pages),
-    *(operands.query_starts, operands.kv_lens, sinks, out_ref, lse_ref),
+    *(operands.query_starts, operands.kv_lens, sinks, *written),
   )
-  return jax.freeze(out_ref).reshape(T, H, D), jax.freeze(lse_ref).reshape(T, H)
+  out, lse = map(jax.freeze, written) if written else out
+  return out.reshape(T, H, D), lse.reshape(T, H)

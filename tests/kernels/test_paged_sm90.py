@@ -20,6 +20,7 @@ from tests.tolerances import assert_close
 TILES = dict(lanes=2, block_kv=64, stages=2, num_blocks=3)
 TILES |= dict(prefill_num_wgs=2, prefill_block_kv=64, prefill_stages=2)
 SINKS = np.arange(7, dtype=np.float32) - 3
+BOUNDS = ("max_query_len", "min_query_len")
 SPECULATIVE: dict[str, Any] = dict(
   kv_lens=[9, 200, 0, 16, 65], query_lens=[4, 1, 0, 2, 3], num_tokens=12, max_query_len=4
 )
@@ -86,6 +87,16 @@ CASES |= {
     | dict(pages_per_slot=2, local_window_size=3),
     {},
   ),
+  "chunks_beside_three_tokens_of_a_long_sequence": (  # which the second kernel folds, row after row
+    dict(kv_lens=[300, 40, 500], query_lens=[3, 40, 1], num_tokens=50, max_query_len=40)
+    | dict(heads=(2, 1, 64), page_size=16, pages_per_slot=32),
+    dict(lanes=1),
+  ),
+  "chunks_alone": (  # all in one kernel: one of no keys, and one of fewer tokens than was said
+    dict(kv_lens=[90, 1, 0, 150, 64], query_lens=[33, 1, 0, 38, 20], num_tokens=95, max_query_len=50, min_query_len=20)
+    | dict(heads=(4, 1, 64), page_size=16, pages_per_slot=10),
+    dict(prefill_query_stages=2, prefill_stages=3),
+  ),
   "chunks_page64_mha_dim128": (
     dict(kv_lens=[130, 66], query_lens=[130, 1], num_tokens=131, max_query_len=130)
     | dict(heads=(1, 1, 128), page_size=64, pages_per_slot=3, sinks=SINKS[2:3]),
@@ -143,7 +154,7 @@ def test_is_the_oracle(name):
   out, lse = attend(call, dtype, **tiles)
   for field in ["query"] if "k_scales" in call else ["query", "k_pages", "v_pages"]:
     call[field] = np.asarray(jnp.asarray(call[field], dtype), np.float32)
-  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
+  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k not in BOUNDS})
   assert_close(out, want_out)
   assert_close(lse, want_lse)
   assert (out[want_lse == -np.inf] == 0).all()
@@ -222,7 +233,7 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   assert (out_told[alive] == out[alive]).all() and (lse_told[alive] == lse[alive]).all()
   for field in ("query", "k_pages", "v_pages"):
     call[field] = np.asarray(jnp.asarray(call[field], jnp.bfloat16), np.float32)
-  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
+  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k not in BOUNDS})
   assert_close(out_told[alive], want_out[alive])
   assert_close(lse_told[alive], want_lse[alive])
 
@@ -368,7 +379,7 @@ def test_sequences_come_about_the_longest_first(is_warp, monkeypatch):
   @jax.jit
   @functools.partial(jax.vmap, axis_name="lane", axis_size=32, in_axes=None)
   def look(starts, lens):
-    order = paged_prefill_sm90.Order(problem, block_q, block_kv, starts, lens, interpret=not is_warp)
+    order = paged_prefill_sm90.Order(problem, few, block_q, block_kv, starts, lens, interpret=not is_warp)
     one = lambda key, _: (order.next(key)[0], order.next(key))  # noqa: E731
     keys, found = jax.lax.scan(one, jnp.int32(2**31 - 1), length=batch)[1]
     dead = order.dead()
@@ -490,6 +501,8 @@ CONFIGURATIONS |= {
 }
 CONFIGURATIONS |= {
   "chunks-mha": (8, 256, 16, 32, 32, 128, 100, {}),
+  "chunks-alone": (8, 256, 16, 32, 8, 128, 100, dict(min_query_len=17)),
+  "chunks-16": (8, 256, 16, 32, 8, 128, 100, dict(min_query_len=16)),
   "chunks-group3-64": (8, 64, 16, 9, 3, 64, 100, {}),
   "chunks-group64": (8, 256, 16, 128, 2, 64, 100, {}),
   "chunks-group7-window": (8, 256, 16, 28, 4, 128, 100, dict(local_window_size=1000)),
@@ -540,7 +553,7 @@ def test_lowering(name, monkeypatch):
   text = lowered(arrays, options)
   _, pages_per_slot, page_size, *_ = CONFIGURATIONS[name]
   has_one_chunk = pages_per_slot * page_size <= 1024 or name == "everything-256"
-  decode = 1 if has_one_chunk else 2
+  decode = 0 if name == "chunks-alone" else 1 if has_one_chunk else 2
   assert mosaic_help.count_kernels(text) == decode + ("chunks" in name)
   assert mosaic_help.largest_array(text) == arrays["k_pages"].size
 
