@@ -877,7 +877,7 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
       registers, columns = list(x.registers.flat[half::2]), 8  # from one to the next
       if is_row:  # one value for each row, known to four lanes
         alive = arith.andi(alive, is_first)
-      elif element.width == 16:  # 16 bytes at a time: whole sectors of memory
+      elif mgpu.utils.bitwidth(element) == 16:  # 16 bytes at a time: whole sectors of memory
         words = [llvm.bitcast(i32, register) for register in registers]
         turned = [_turn_quad(words[i : i + 4]) for i in range(0, len(words), 4)]
         registers, columns = [vector.from_elements(ir.VectorType.get((4,), i32), x) for x in turned], 32

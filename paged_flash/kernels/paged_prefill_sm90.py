@@ -336,12 +336,12 @@ def forward(
       def of_sequence(_, carry):
         key, before, told, done = carry
         key, b = order.next(key)
-        tiles = order.tiles(b)
+        tiles, sequence = order.tiles(b), order.sequence(b)
 
         def one_item(n, carry):
           last, done = carry
           tile, head = divide(at(n) - before * K, K)
-          told = count - n, b, head, (tiles - 1 - tile) * block_q, *order.sequence(b)
+          told = count - n, b, head, (tiles - 1 - tile) * block_q, *sequence
           items.tell(n, told)
           # Only then: it waits for values, and all know of this item meanwhile.
           return told, clean_item(last, done)

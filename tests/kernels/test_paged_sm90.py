@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -336,7 +338,7 @@ def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
 
 
 def test_a_chunk_does_not_depend_on_its_batch():
-  """Bit for bit; and pages before a window may be NaN."""
+  """Bit for bit, nor on how many rows a tile has; and pages before a window may be NaN."""
   arguments: dict[str, Any] = dict(heads=(4, 1, 64), page_size=16, local_window_size=50, max_query_len=40)
   together = cases.paged_call(
     kv_lens=[70, 20, 150], query_lens=[30, 1, 40], num_tokens=75, pages_per_slot=10, **arguments
@@ -347,8 +349,9 @@ def test_a_chunk_does_not_depend_on_its_batch():
   assert np.isfinite(out.astype(np.float32)).all()
   alone = dict(together, query=together["query"][31:71], kv_lens=together["kv_lens"][2:])
   alone |= dict(pages=together["pages"][2:], query_starts=np.array([0, 40], np.int32))
-  out_alone, lse_alone = attend(alone, num_blocks=2)
-  assert (out_alone == out[31:71]).all() and (lse_alone == lse[31:71]).all()
+  for told, tiles in (({}, dict(num_blocks=2)), (dict(min_query_len=40), dict(prefill_num_wgs=1))):
+    out_alone, lse_alone = attend(alone | told, **tiles)
+    assert (out_alone == out[31:71]).all() and (lse_alone == lse[31:71]).all()
 
 
 def test_inactive_slots_give_nothing():
@@ -402,6 +405,18 @@ def test_sequences_come_about_the_longest_first(is_warp, monkeypatch):
     nothing = [n if n > few and not kv_len else 0 for n, kv_len in zip(query_lens, kv_lens, strict=True)]
     nothing.append(tokens - starts[-1])
     assert list(of_each) == nothing and dead == sum(nothing)
+
+
+def test_four_lanes_turn_what_they_hold_of_a_row(monkeypatch):
+  """So that each has 16 bytes of it; lanes are elements of arrays here."""
+  lane = np.arange(4)
+  words = [np.array([f"word {i} of lane {j}" for j in lane]) for i in range(4)]
+  monkeypatch.setattr(mosaic, "ir", mock.MagicMock())
+  arith = dict(remui=np.remainder, andi=np.bitwise_and, cmpi=lambda _, x, y: x != y, select=np.where)
+  monkeypatch.setattr(mosaic, "arith", mock.MagicMock(**arith))
+  utils = dict(thread_idx=lambda: lane + 8, c=lambda x, _: x, shfl_bfly=lambda x, distance: x[lane ^ distance])
+  monkeypatch.setattr(mosaic, "mgpu", types.SimpleNamespace(utils=types.SimpleNamespace(**utils)))
+  assert [list(x) for x in mosaic._turn_quad(words)] == [[f"word {j} of lane {i}" for j in lane] for i in range(4)]
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 511, 512, 513, 8192, 40_000, 131_072])
