@@ -120,7 +120,9 @@ class Way:
         out = pf.flash_attention(*rows, is_causal=True)
       else:
         where = kv_pages.layer_pages(kv, pages, layer)
-        out = pf.paged_attention(q, kv.k, kv.v, where, lens, query_starts=starts, max_query_len=length)
+        out = pf.paged_attention(
+          q, kv.k, kv.v, where, lens, query_starts=starts, max_query_len=length, min_query_len=length
+        )
       return out.reshape(q.shape), kv
 
     decoder = self.model.bind(params)

@@ -331,6 +331,7 @@ def explain(case: Case, inputs: Inputs, config: Config) -> list[str]:
   """Which of our kernels serves a case, and why not the others."""
   query, k_pages, v_pages, pages, lens, starts, k_scales, v_scales = inputs[:8]
   more: dict[str, Any] = dict(query_starts=starts, max_query_len=case.chunk, k_scales=k_scales, v_scales=v_scales)
+  more["min_query_len"] = 1 if case.decoding else case.chunk
   more["implementation"] = config.implementation or None
   try:
     lines = pf.explain(pf.paged_attention, query, k_pages, v_pages, pages, lens, **more).splitlines()[1:]

@@ -114,6 +114,7 @@ def paged_attention(
   *,
   query_starts: jax.typing.ArrayLike | None = None,
   max_query_len: int = 1,
+  min_query_len: int = 1,
   scale: float | None = None,
   local_window_size: int | tuple[int, int] | None = None,
   logits_soft_cap: float | None = None,
@@ -142,6 +143,8 @@ def paged_attention(
     query_starts: i32[B + 1], sequence b's tokens are query[query_starts[b]:query_starts[b + 1]]; tokens after the last
       are padding and give 0, LSE -inf. None: one token for each sequence (T == B).
     max_query_len: Bound on the tokens of one sequence; static.
+    min_query_len: As many tokens, at least, has every sequence that has any; static. Where these are many, "sm90" is
+      spared what is for sequences with few. One with fewer is served too, but it then may differ in its last bits.
     scale: Factor of the scores, 1/sqrt(D) by default.
     local_window_size: Keys visible before a query's own position; of a pair, the first counts.
     logits_soft_cap: Scores become cap * tanh(score / cap).
@@ -177,6 +180,7 @@ def paged_attention(
     kv_lens,
     query_starts=query_starts,
     max_query_len=max_query_len,
+    min_query_len=min_query_len,
     scale=scale,
     local_window_size=local_window_size,
     logits_soft_cap=logits_soft_cap,
@@ -280,7 +284,7 @@ def _describe(problem: Problem) -> str:
     name = name.removeprefix("has_") if value is True else name
     return name if value is True else f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
-  usual = {"device": problem.device, "value_dim": problem.head_dim, "scale": problem.head_dim**-0.5}
+  usual = {"device": problem.device, "value_dim": problem.head_dim, "scale": problem.head_dim**-0.5, "min_query_len": 1}
   fields = {k: v for k, v in vars(problem).items() if v is not None and v is not False and v != usual.get(k)}
   return " ".join(word(k, v).replace(" ", "") for k, v in fields.items())
 

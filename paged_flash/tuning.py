@@ -75,6 +75,7 @@ def _paged_heuristic(problem: PagedProblem) -> dict[str, int]:
   if problem.max_query_len > paged_decode_sm90.max_tokens(problem):  # measured for head_dim 128 alone
     block_kv, stages = (64, 2) if size == 256 else (128, 3)
     prefill = {"num_wgs": 3 if size == 64 else 2, "block_kv": block_kv, "stages": stages}
+    prefill |= {"query_stages": 2} if size == 64 else {}
     tiles |= {paged_sm90.PREFILL + name: value for name, value in prefill.items()}
   return tiles
 

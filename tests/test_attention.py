@@ -290,6 +290,7 @@ PAGED_ERRORS: dict[str, dict[str, Any]] = {
   ),
   r"kv_lens must have shape \(2,\), got \(3,\)": dict(kv_lens=cases.i32(1, 2, 3)),
   r"max_query_len must be a static int of at least 1, got 0": dict(max_query_len=0),
+  r"min_query_len must be a static int from 1 to max_query_len = 3, got 4": dict(min_query_len=4),
   r"query_starts must leave each sequence at most max_query_len = 2 tokens": dict(max_query_len=2),
   r"query_starts must rise from 0 to at most T = 6, got \[0, 3, 7\]": dict(query_starts=cases.i32(0, 3, 7)),
   r"query_starts must have shape \(3,\)": dict(query_starts=cases.i32(0, 3)),

@@ -146,11 +146,12 @@ def ours(implementation: str) -> dict[str, Peer]:
 
   def attend(case: Case, query, k_pages, v_pages, pages, lens, starts, k_scales, v_scales, **more):
     most = 1 if starts is None else case.chunk
-    more |= dict(query_starts=starts, max_query_len=most, k_scales=k_scales, v_scales=v_scales)
+    bounds = dict(max_query_len=most, min_query_len=1 if case.decoding else most)
+    more = bounds | dict(query_starts=starts, k_scales=k_scales, v_scales=v_scales) | more
     return pf.paged_attention(query, k_pages, v_pages, pages, lens, **more, **named)
 
   def each(case: Case, first, rest):
-    return [attend(case, *first), attend(case, *rest)]
+    return [attend(case, *first), attend(case, *rest, min_query_len=case.chunk)]
 
   def flash(case: Case, query, key, value, lens):
     more = dict(key_value_seq_lengths=lens) if case.lengths else {}

@@ -127,6 +127,7 @@ def paged_problem(
   *,
   query_starts: Any = None,
   max_query_len: int = 1,
+  min_query_len: int = 1,
   scale: float | None = None,
   local_window_size: int | tuple[int, int] | None = None,
   logits_soft_cap: float | None = None,
@@ -175,6 +176,10 @@ def paged_problem(
 
   if not isinstance(max_query_len, int) or max_query_len < 1:
     raise ValueError(f"max_query_len must be a static int of at least 1, got {max_query_len!r}")
+  if not isinstance(min_query_len, int) or not 1 <= min_query_len <= max_query_len:
+    raise ValueError(
+      f"min_query_len must be a static int from 1 to max_query_len = {max_query_len}, got {min_query_len!r}"
+    )
   kv_lens = _lengths("kv_lens", kv_lens, batch, pages_per_slot * page_size)
   if query_starts is None:
     if tokens != batch or max_query_len != 1:
@@ -213,6 +218,7 @@ def paged_problem(
     has_scales=k_scales is not None,
     has_sinks=sinks is not None,
     has_prefixes=shared_prefixes is not None,
+    min_query_len=min_query_len,
   )
   return problem, PagedOperands(
     query, k_pages, v_pages, pages, kv_lens, query_starts, _sinks(sinks, num_heads), *scales, *prefixes

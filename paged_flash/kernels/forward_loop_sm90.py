@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import mosaic
-from paged_flash.kernels.items_sm90 import Claims, Listed
+from paged_flash.kernels.items_sm90 import Claims, Listed, Told
 from paged_flash.kernels.mosaic import LOG2_E, ROW
 
 ROWS = 64  # query rows of one warpgroup
@@ -79,16 +79,16 @@ class Loop:
     return self.num_wgs < 3 and head_dim <= 128 and not self.interpret
 
 
-def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims) -> None:
+def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims | Told) -> None:
   """Attention of the warpgroup's rows of all items of a block."""
   if isinstance(items, Listed):
     pl.when(items.count > 0)(lambda: _attend(loop, tiles, warpgroup, items, items.at(0)))
   else:
     first = items.listen(jnp.int32(0))
-    pl.when(first >= 0)(lambda: _attend(loop, tiles, warpgroup, items, first))
+    pl.when(items.is_one(first))(lambda: _attend(loop, tiles, warpgroup, items, first))
 
 
-def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims, first: Any) -> None:
+def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims | Told, first: Any) -> None:
   q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
   (query_stages, _, head_dim), (stages, block_kv, value_dim) = q_smem.shape, v_smem.shape
   query_in_registers, factor = loop.query_in_registers(head_dim), loop.factor
@@ -195,9 +195,9 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
     acc, row_max, row_sum, prob = carry
     if not query_in_registers:
       plgpu.barrier_arrive(q_empty.at[lax.rem(step, jnp.int32(query_stages))])
-    if isinstance(items, Claims):  # told when the item's last tile is on its way
+    if not isinstance(items, Listed):  # told when the item's last tile is on its way
       upcoming = items.listen(step + 1)
-      has_next = upcoming >= 0
+      has_next = items.is_one(upcoming)
 
     def with_next():
       query, k = take_query(step + 1), ring(done + n)
@@ -222,6 +222,6 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
   if isinstance(items, Listed):
     lax.fori_loop(0, items.count, lambda step, carry: one_item(step, items.at(step), carry)[1], carry)
   else:
-    is_one = lambda carry: carry[1] >= 0  # noqa: E731
+    is_one = lambda carry: items.is_one(carry[1])  # noqa: E731
     lax.while_loop(is_one, lambda carry: (carry[0] + 1, *one_item(*carry)), (jnp.int32(0), first, carry))
   turn.finish()

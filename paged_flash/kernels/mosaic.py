@@ -18,7 +18,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxpr_as_fun
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 ACC: Any = plgpu.WGMMAAccumulatorRef
 _inline: Any = plgpu.inline_mgpu  # its type says that what it decorates keeps its arguments, which it does not
@@ -62,8 +62,11 @@ def whole_groups(x: jax.Array) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)) + ((0, 0),) * (x.ndim - 2))
 
 
-def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, interpret: bool) -> None:
-  """Clears rows [first, end), and [0, before), of a tile [rows, columns] in shared memory; a warpgroup calls it."""
+def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, threads: int = 128, interpret: bool) -> None:
+  """Clears rows [first, end), and [0, before), of a tile [rows, columns] in shared memory.
+
+  A warpgroup calls it, or, of 32 threads, a warp.
+  """
   if interpret:
     row = jnp.arange(ref.shape[0])[:, None]
     ref[...] = jnp.where((row < first) & (row >= (0 if before is None else before)), ref[...], 0)
@@ -81,17 +84,17 @@ def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, interpret: bool
     base = mgpu.utils.memref_ptr(ref)
     zero = mgpu.utils.c(0, i32)
     quad = vector.from_elements(ir.VectorType.get((4,), i32), [zero] * 4)
-    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(threads))
     count = row_tiles * column_tiles * 8 * pieces
-    for index in range(cdiv(count, 128)):
-      piece = arith.addi(thread, constant(128 * index))
+    for index in range(cdiv(count, threads)):
+      piece = arith.addi(thread, constant(threads * index))
       line = arith.divui(piece, constant(pieces))
       tile, row = arith.divui(line, constant(8)), arith.remui(line, constant(8))
       row = arith.addi(row, arith.muli(arith.divui(tile, constant(column_tiles)), constant(8)))
       outside = arith.cmpi(arith.CmpIPredicate.sge, row, first.registers.item())
       if before is not None:
         outside = arith.ori(outside, arith.cmpi(arith.CmpIPredicate.slt, row, before.registers.item()))
-      if 128 * (index + 1) > count:
+      if threads * (index + 1) > count:
         outside = arith.andi(outside, arith.cmpi(arith.CmpIPredicate.slt, piece, constant(count)))
       with mgpu.utils.when(outside):
         offset = arith.muli(piece, constant(16))
@@ -803,21 +806,46 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
     lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
     is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.utils.c(0, i32))
     for half, (alive, place) in enumerate(places):
+      registers, columns = list(x.registers.flat[half::2]), 8  # from one to the next
       if is_row:  # one value for each row, known to four lanes
         alive = arith.andi(alive, is_first)
+      elif mgpu.utils.bitwidth(element) == 16:  # 16 bytes at a time: whole sectors of memory
+        words = [llvm.bitcast(i32, register) for register in registers]
+        turned = [_turn_quad(words[i : i + 4]) for i in range(0, len(words), 4)]
+        registers, columns = [vector.from_elements(ir.VectorType.get((4,), i32), x) for x in turned], 32
       with mgpu.utils.when(alive):
         pointer = _row_pointer(ref, place)
-        for group, register in enumerate(x.registers.flat[half::2]):
-          llvm.store(register, mgpu.utils.getelementptr(pointer, [8 * group], element))
+        if columns == 32:  # past the columns of the lane in the first 8, to its own 8 of the first 32
+          skip = arith.muli(lane, mgpu.utils.c(6, i32))
+          pointer = mgpu.utils.getelementptr(pointer, [skip], element)
+        for group, register in enumerate(registers):
+          llvm.store(register, mgpu.utils.getelementptr(pointer, [columns * group], element))
 
   store(ref, x, *rows.traced())
 
 
-def copy_rows(ref: Any, rows: Rows, tile: Any, *, turned: bool = False, interpret: bool) -> None:
-  """Copies rows of `ref` [X, D] to a tile [N, D] in shared memory, 0 for rows that lie nowhere; a warpgroup calls it.
+def _turn_quad(words: list[Any]) -> list[Any]:
+  """Word i of lane j of four for word j of lane i, four words in each lane."""
+  i32 = ir.IntegerType.get_signless(32)
+  lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32))
+  for distance in (1, 2):
+    bit = arith.andi(lane, mgpu.utils.c(distance, i32))
+    is_upper = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.utils.c(0, i32))
+    turned: list[Any] = [None] * 4
+    for low in (i for i in range(4) if not i & distance):
+      high = low + distance
+      theirs = mgpu.utils.shfl_bfly(arith.select(is_upper, words[low], words[high]), distance)
+      turned[low] = arith.select(is_upper, theirs, words[low])
+      turned[high] = arith.select(is_upper, words[high], theirs)
+    words = turned
+  return words
 
-  Without registers in between (PTX cp.async), 16 bytes at a time. `turned`: columns change places as
-  `columns_sm90.widen` says, two at a time.
+
+def copy_rows(ref: Any, rows: Rows, tile: Any, *, num_threads: int, turned: bool = False, interpret: bool) -> None:
+  """Copies rows of `ref` [X, D] to a tile [N, D] in shared memory, 0 for rows that lie nowhere.
+
+  A warp calls it (32 threads), or a warpgroup (128). Without registers in between (PTX cp.async), 16 bytes at a time.
+  wgmma sees them too, after a barrier. `turned`: columns change places as `columns_sm90.widen` says, two at a time.
   """
   if interpret:
     row = jnp.arange(tile.shape[0])
@@ -839,10 +867,10 @@ def copy_rows(ref: Any, rows: Rows, tile: Any, *, turned: bool = False, interpre
     to, pieces = mgpu.utils.memref_ptr(to), 128 // size * column_tiles
     source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
     safe = arith.extsi(i64, traced[0].registers.item())
-    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(num_threads))
     count = row_tiles * 8 * pieces
-    for index in range(cdiv(count, 128)):
-      piece = arith.addi(thread, constant(128 * index))
+    for index in range(cdiv(count, num_threads)):
+      piece = arith.addi(thread, constant(num_threads * index))
       row, column = arith.divui(piece, constant(pieces)), arith.remui(piece, constant(pieces))
       alive, place = _place(rows, row, *traced)
       place = arith.muli(arith.select(alive, place, safe), mgpu.utils.c(size * pieces, i64))
@@ -866,9 +894,51 @@ def copy_rows(ref: Any, rows: Rows, tile: Any, *, turned: bool = False, interpre
         )
     nvvm.cp_async_commit_group()
     nvvm.cp_async_wait_group(0)
+    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
   copy(ref, tile, *rows.traced())
-  plgpu.commit_smem()
+
+
+def publish(*, interpret: bool) -> None:
+  """What this warp wrote to shared memory is seen by wgmma of those who wait for a barrier at which it arrives next."""
+  if interpret:
+    plgpu.commit_smem()
+    return
+
+  @_inline()
+  def fence(_):
+    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+  fence()
+
+
+def fill_rows(ref: Any, first: Any, count: Any, value: float, *, interpret: bool) -> None:
+  """Writes `value` to the rows [first, first + count) of `ref` [X, D], D a multiple of 8, or [X]; a warp calls it."""
+  if interpret:
+
+    @pl.loop(first, first + count)
+    def _(row):
+      ref[pl.ds(row, 1)] = jnp.full((1, *ref.shape[1:]), value, ref.dtype)
+
+    return
+  scalar = plgpu.Layout.WG_SPLAT
+
+  @_inline(arg_types=(plgpu.RefType(), scalar, scalar))
+  def fill(_, ref, first, count):
+    i32, i64, memref = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
+    constant = lambda x: mgpu.utils.c(x, i64)  # noqa: E731
+    size, width = memref.shape[1:] or [1], 8 if memref.rank == 2 else 1  # elements of a row, and those stored at once
+    first, count = (arith.muli(arith.extsi(i64, x.registers.item()), constant(size[0])) for x in (first, count))
+    lane = arith.extui(i64, arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(32, i32)))
+    x = mgpu.utils.c(value, memref.element_type)
+    x = vector.broadcast(ir.VectorType.get((width,), memref.element_type), x)
+    loop = scf.ForOp(arith.muli(lane, constant(width)), count, constant(32 * width))
+    with ir.InsertionPoint(loop.body):
+      place = arith.addi(first, loop.induction_variable)
+      llvm.store(x, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], memref.element_type))
+      scf.yield_([])
+
+  fill(ref, first, count)
 
 
 # --- scalars that differ from thread to thread ------------------------------------------------------------------------
@@ -909,6 +979,19 @@ def over_warp(operation: str, x: jax.Array) -> jax.Array:
     return mgpu.FragmentedArray.splat(arith.subi(total, value), (), is_signed=True)
 
   return reduce(x)
+
+
+def of_lane(x: jax.Array, lane: int) -> jax.Array:
+  """The i32 scalar x of one lane of a warp, in all of them."""
+  scalar = plgpu.Layout.WG_SPLAT
+
+  @_inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+  def shuffle(_, x):
+    i32, text = ir.IntegerType.get_signless(32), f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"
+    value = mgpu.utils.inline_ptx(text, x.registers.item(), result_types=i32, has_side_effects=True, convergent=True)
+    return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+  return shuffle(x)
 
 
 def store_value(ref: Any, row: Any, column: Any, x: jax.Array, where: Any) -> None:

@@ -254,6 +254,11 @@ class Line:
     total, longest = self._loop(lambda b, n, total, top: (total + n, jnp.maximum(top, n)), zero, zero)
     return self._reduce("add", total), self._reduce("max", longest)
 
+  def longest_below(self, bound: Any) -> Any:
+    """Tiles of the longest of the sequences that have fewer than `bound`; 0 if none has any."""
+    (longest,) = self._loop(lambda b, n, top: (jnp.maximum(top, jnp.where(n < bound, n, 0)),), jnp.int32(0))
+    return self._reduce("max", longest)
+
   def start(self, b: Any) -> Any:
     """Where sequence b begins."""
     (total,) = self._loop(lambda other, n, total: (total + jnp.where(other < b, n, 0),), jnp.int32(0))
@@ -479,7 +484,8 @@ def forward(
         plgpu.commit_smem()  # all have read the last queries
         if p.has_scales:
           pl.when(low < high)(lambda: put_scales(done, scales(s, head, low, scale_pages(s, low))))
-        mosaic.copy_rows(q_gmem, rows, q_tile, turned=p.has_scales, interpret=is_interpreted)
+        mosaic.copy_rows(q_gmem, rows, q_tile, num_threads=128, turned=p.has_scales, interpret=is_interpreted)
+        plgpu.commit_smem()
 
         def cut(scores, column):
           """-inf where a query does not see a key: query token i sees [i + offset - window, i + offset]."""
@@ -643,29 +649,35 @@ def forward(
         out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
         return (s.first_token + token) * H + query_head, out.astype(dtype), lse
 
-      if is_interpreted:
+      def of_rows(some_rows):
+        if is_interpreted:
 
-        @pl.loop(0, rows_per_block)
-        def _(n):
-          row = some_rows * rows_per_block + n
+          @pl.loop(0, rows_per_block)
+          def _(n):
+            row = some_rows * rows_per_block + n
 
-          @pl.when(row < s.query_len * group)
-          def _():
-            columns = pl.ds(column, D // slices)
-            index, out, lse = one_row(row, columns)
-            out_gmem[index, columns] = out
-
-            @pl.when(column == 0)
+            @pl.when(row < s.query_len * group)
             def _():
-              lse_gmem[index] = lse
+              columns = pl.ds(column, D // slices)
+              index, out, lse = one_row(row, columns)
+              out_gmem[index, columns] = out
 
+              @pl.when(column == 0)
+              def _():
+                lse_gmem[index] = lse
+
+        else:
+          n, columns = divide(mosaic.thread(), D // slices)
+          row = some_rows * rows_per_block + n
+          is_alive, columns = row < s.query_len * group, column + columns
+          index, out, lse = one_row(jnp.where(is_alive, row, 0), columns)
+          mosaic.store_value(out_gmem, index, columns, out, is_alive)
+          mosaic.store_value(lse_gmem, index, None, lse, is_alive & (columns == 0))
+
+      if row_blocks * rows_per_block >= max_rows:
+        of_rows(some_rows)
       else:
-        n, columns = divide(mosaic.thread(), D // slices)
-        row = some_rows * rows_per_block + n
-        is_alive, columns = row < s.query_len * group, column + columns
-        index, out, lse = one_row(jnp.where(is_alive, row, 0), columns)
-        mosaic.store_value(out_gmem, index, columns, out, is_alive)
-        mosaic.store_value(lse_gmem, index, None, lse, is_alive & (columns == 0))
+        pl.loop(some_rows, cdiv(s.query_len * group, rows_per_block), step=row_blocks)(of_rows)
 
     @pl.when(((s.count > 1) | has_unit) & (some_rows * rows_per_block < s.query_len * group))
     def _():  # all others need not measure the line
@@ -677,7 +689,8 @@ def forward(
       pl.when((s.count > done) | has_unit)(lambda: fold_parts(done))
 
   rows_per_block = max(1, THREADS // D)
-  row_blocks = cdiv(max_rows, rows_per_block)
+  # Where there can be long chunks too, hardly any block would have rows but those of the first token.
+  row_blocks = cdiv(max_rows if p.max_query_len <= max_tokens(p) else group, rows_per_block)
   columns = ROWS if is_interpreted else sizes[-1]
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)

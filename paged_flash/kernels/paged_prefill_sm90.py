@@ -3,11 +3,18 @@
 The query heads of a KV head share its keys, so the rows of a tile of queries are tokens times these heads, token by
 token: no row is wasted whatever the number of heads, and little of a short chunk. A tile of queries of one KV head is
 an item. What each sequence's items are follows from its own lengths only, so that its result is the same bit for bit
-whoever shares the batch. Items are dealt to as many blocks as there are multiprocessors, the longest first (`work`).
+whoever shares the batch. Items are dealt to as many blocks as there are multiprocessors, about the longest first
+(`Order`).
 
-Compute warpgroups work as `forward_loop_sm90` says. The producer warpgroup copies queries row by row, and one of its
-warps walks the page table and fetches pages by TMA, one copy for each page of a tile. Pages that an item does not see
-are never read: a page that it does see is read in their place and masked, its values zeroed.
+Compute warpgroups work as `forward_loop_sm90` says. Each warp of the producer warpgroup has a task of its own, and none
+waits for another's:
+
+  0     walks the page table and fetches pages by TMA, one copy for each page of a tile, item after item
+  1, 2  copy queries, row by row; then write zeros for tokens that have no keys
+  3     finds the block's items in the sequences' lengths, tells all others, and cleans values that are not an item's
+
+Pages that an item does not see are never read: a page that it does see is read in their place and masked, its values
+zeroed.
 """
 
 from typing import Any, NamedTuple
@@ -18,42 +25,69 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import mosaic
+from paged_flash.kernels import items_sm90, mosaic
 from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend
-from paged_flash.kernels.items_sm90 import Listed
+from paged_flash.kernels.items_sm90 import Told
 from paged_flash.kernels.mosaic import ROW, Rows, cdiv, divide
-from paged_flash.kernels.paged_decode_sm90 import max_tokens
+from paged_flash.kernels.paged_decode_sm90 import Line, max_tokens
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
 
 
-class Work(NamedTuple):
-  """The tiles of queries of all sequences, the longest first; each is an item for every KV head."""
+class Order(Line):
+  """The order of tiles of queries of the sequences with more than `few` query tokens, and keys.
 
-  tiles: jax.Array  # i32[n, 5]: sequence, first row in it, its first token, its query tokens, its keys
-  counts: jax.Array  # i32[2]: tiles of sequences that have keys; of these and of those that give 0
+  The sequence with the most KV tiles comes first, and of each its last tile, so that tiles come about the longest
+  first. No array is sorted: a warp looks for the sequence with the most KV tiles of those with fewer than the last.
+  """
 
+  def __init__(
+    self, problem: PagedProblem, few: int, block_q: int, block_kv: int, starts: Any, kv_lens: Any, *, interpret: bool
+  ):
+    self.problem, self.few, self.block_q, self.block_kv = problem, few, block_q, block_kv
+    self.starts, self.kv_lens = starts, kv_lens
+    super().__init__(problem.batch, self.key, interpret=interpret)
 
-def work(problem: PagedProblem, block_q: int, starts: jax.Array, kv_lens: jax.Array) -> Work:
-  """The tiles of `block_q` rows of sequences with more than `max_tokens` query tokens, and of the padding."""
-  p = problem
-  group, few = p.num_heads // p.num_kv_heads, max_tokens(p)
-  # What lies past the last sequence is one more, without keys.
-  starts = jnp.append(starts, p.num_tokens).astype(jnp.int32)
-  query_lens = jnp.diff(starts)
-  kv_lens = jnp.append(kv_lens, 0).astype(jnp.int32)
-  is_mine = (query_lens > few) | (jnp.arange(p.batch + 1) == p.batch)
-  counts = jnp.where(is_mine, cdiv(query_lens * group, block_q), 0)
-  last = jnp.cumsum(counts)
-  index = jnp.arange(p.num_tokens * group // block_q + min(p.batch, p.num_tokens // (few + 1)) + 1)
-  b = jnp.minimum(jnp.searchsorted(last, index, side="right", method="compare_all"), p.batch)
-  row = (index - (last - counts)[b]) * block_q
-  token = jnp.minimum((row + block_q) // group, query_lens[b])
-  cost = jnp.where(kv_lens[b] > 0, jnp.maximum(kv_lens[b] - query_lens[b] + token, 1), 0)
-  if p.window is not None:
-    cost = jnp.minimum(cost, p.window + block_q)
-  cost = jnp.where(index < last[-1], cost, -1)
-  tiles = jnp.stack([b, row, starts[b], query_lens[b], kv_lens[b]], 1)
-  return Work(tiles[jnp.argsort(-cost)].astype(jnp.int32), jnp.stack([(cost > 0).sum(), last[-1]]).astype(jnp.int32))
+  def sequence(self, b: Any) -> tuple[Any, Any, Any]:
+    """Its first token, its query tokens and its keys."""
+    start = self.starts[b]
+    return start, self.starts[b + 1] - start, self.kv_lens[b]
+
+  def key(self, b: Any) -> Any:
+    """Those with a greater one come first; no two have the same. 0 if there is nothing to do."""
+    _, query_len, kv_len = self.sequence(b)
+    is_mine = (query_len > self.few) & (kv_len > 0)
+    return jnp.where(is_mine, cdiv(kv_len, self.block_kv) * self.batch + b, 0)
+
+  def tiles(self, b: Any) -> Any:
+    """Tiles of queries of a sequence."""
+    _, query_len, _ = self.sequence(b)
+    return cdiv(query_len * (self.problem.num_heads // self.problem.num_kv_heads), self.block_q)
+
+  def count(self) -> tuple[Any, Any]:
+    """Sequences, and their tiles of queries."""
+
+    def add(b, key, sequences, tiles):
+      mine = jnp.where(key > 0, self.tiles(jnp.minimum(b, self.batch - 1)), 0)
+      return sequences + jnp.where(key > 0, 1, 0), tiles + mine
+
+    sequences, tiles = self._loop(add, jnp.int32(0), jnp.int32(0))
+    return self._reduce("add", sequences), self._reduce("add", tiles)
+
+  def next(self, key: Any) -> tuple[Any, Any]:
+    """(key, sequence) after that with a key."""
+    key = self.longest_below(key)
+    return key, lax.rem(key, jnp.int32(self.batch))
+
+  def dead(self) -> Line:
+    """The tokens of sequences of this kernel that have no keys and, as the last sequence, of none."""
+    last = self.batch - 1
+
+    def tokens(b):
+      start, query_len, kv_len = self.sequence(jnp.minimum(b, last))
+      is_dead = (query_len > self.few) & (kv_len <= 0)
+      return jnp.where(b > last, self.problem.num_tokens - start - query_len, jnp.where(is_dead, query_len, 0))
+
+    return Line(self.batch + 1, tokens, interpret=self.interpret)
 
 
 class _Item(NamedTuple):
@@ -74,50 +108,51 @@ class _Item(NamedTuple):
 def forward(
   problem: PagedProblem,
   operands: PagedOperands,
-  out: jax.Array,
-  lse: jax.Array,
+  others: tuple[jax.Array, jax.Array] | None = None,
   *,
   num_wgs: int,
   block_kv: int,
   stages: int,
+  query_stages: int = 1,
   num_blocks: int | None = None,
   interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention of the sequences with more than `max_tokens` query tokens, and its LSE.
+  """Attention of the sequences with more than `max_tokens` query tokens, or of all, and its LSE.
 
   Args:
     problem: What to compute; `paged_sm90.supports` must be "".
     operands: The arrays; `query_starts` is not None.
-    out: [T, H, D], consumed.
-    lse: f32[T, H], consumed.
+    others: Output [T, H, D] and LSE f32[T, H] of the sequences with fewer, consumed; None: it serves these too.
     num_wgs: Compute warpgroups of a block, 1 to 3, 64 rows each.
     block_kv: Keys of a tile, a multiple of 64; `page_size` divides it or is a multiple of it.
     stages: Tiles in the rings of K and V.
+    query_stages: Tiles of queries in shared memory.
     num_blocks: Blocks that run at once, the number of multiprocessors by default.
     interpret: `plgpu.InterpretGPUParams` to run on a CPU.
 
   Returns:
-    `out` and `lse` with these sequences' rows written, and 0 and -inf for tokens of no sequence.
+    Output and LSE of all sequences; 0 and -inf for tokens of no sequence.
   """
   p = problem
   T, H, K, D, dtype = p.num_tokens, p.num_heads, p.num_kv_heads, p.head_dim, operands.query.dtype
   group, block_q = H // K, ROWS * num_wgs
-  num_blocks = num_blocks or mosaic.num_multiprocessors()
+  few = 0 if others is None else max_tokens(p)
+  most_items = K * (T * group // block_q + min(p.batch, T // (few + 1)))
+  num_blocks = max(1, min(num_blocks or mosaic.num_multiprocessors(), most_items))
   tile_pages = max(1, block_kv // p.page_size)
   is_interpreted = interpret is not None
   assert operands.query_starts is not None
 
   def kernel(
-    q_gmem, k_gmem, v_gmem, pages, work, counts, sinks, out_gmem, lse_gmem,
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_gmem, k_gmem, v_gmem, pages, starts, kv_lens, sinks, out_gmem, lse_gmem,
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, telling,
   ):  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-    items = counts[0] * K
-    steps, at = mosaic.dealt(items, block, num_blocks)
+    order = Order(p, few, block_q, block_kv, starts, kv_lens, interpret=is_interpreted)
+    items = Told(telling, 7, interpret=is_interpreted)
 
-    def item(index):
-      tile, head = divide(index, K)
-      sequence, first, first_token, query_len, kv_len = (work[tile, i] for i in range(5))
+    def item(told):
+      _, sequence, head, first, first_token, query_len, kv_len = told
       num_rows, offset = query_len * group, kv_len - query_len
       last = lax.div(jnp.minimum(first + block_q, num_rows) - 1, jnp.int32(group))
       high = cdiv(jnp.maximum(last + (offset + 1), 1), block_kv)
@@ -132,6 +167,11 @@ def forward(
       token, skip = divide(jnp.minimum(first, work.num_rows - 1), group)
       place = (work.first_token + token) * H + work.head * group
       return Rows(place, jnp.minimum(work.num_rows - first, count), group, H, skip=skip)
+
+    def is_dirty(work, tile):
+      """Whether some of its keys are not the item's."""
+      is_dirty = work.kv_len < (tile + 1) * block_kv
+      return is_dirty if p.window is None else is_dirty | (work.first_key > tile * block_kv)
 
     def compute():
       def my_first(work):
@@ -180,35 +220,27 @@ def forward(
         write=write,
       )
       tiles = Tiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-      attend(loop, tiles, warpgroup, Listed(count=steps, at=at))
-
-      @pl.loop(items + block, counts[1] * K, step=num_blocks)
-      def _(index):  # no keys
-        work = item(index)
-        nothing = mosaic.full((ROWS, D), 0.0), mosaic.full((ROWS,), -jnp.inf, ROW)
-        put(rows_of(work, my_first(work), ROWS), *nothing)
+      attend(loop, tiles, warpgroup, items)
 
     def fetch():
-      def one_item(step, done):
-        work = item(at(step))
+      def one_item(_, told, done):
+        work = item(told)
         n = work.high - work.low
         first_page, last_page = (lax.div(x, jnp.int32(p.page_size)) for x in (work.first_key, work.kv_len - 1))
 
-        def is_dirty(tile):
-          """Whether some of its keys are not the item's."""
-          is_dirty = work.kv_len < (tile + 1) * block_kv
-          return is_dirty if p.window is None else is_dirty | (work.first_key > tile * block_kv)
+        def look_up(i):
+          """The page of each part of the item's tile i: each in a lane of its own, or all in the interpreter."""
+          page = lax.div((work.high - 1 - i) * block_kv, jnp.int32(p.page_size))
+          lanes = range(tile_pages) if is_interpreted or tile_pages == 1 else [lax.rem(mosaic.thread(), jnp.int32(32))]
+          return tuple(pages[work.sequence, jnp.clip(page + lane, first_page, last_page)] for lane in lanes)
 
-        def place(i):
-          """Slot and tile."""
-          return lax.rem(done + i, jnp.int32(stages)), work.high - 1 - i
-
-        def fetch_tile(i):
-          slot, tile = place(i)
-          page = lax.div(tile * block_kv, jnp.int32(p.page_size))
-          ids = [pages[work.sequence, jnp.clip(page + m, first_page, last_page)] for m in range(tile_pages)]
-          keys = pl.ds(tile * block_kv - page * p.page_size, min(block_kv, p.page_size))
-          v_landed = slot + jnp.where(is_dirty(tile), stages, 0)
+        def fetch_tile(i, ids):
+          tile, slot = work.high - 1 - i, lax.rem(done + i, jnp.int32(stages))
+          later = look_up(jnp.minimum(i + 1, n - 1))  # they arrive while this tile waits for its place
+          if len(ids) < tile_pages:
+            ids = [mosaic.of_lane(ids[0], lane) for lane in range(tile_pages)]
+          keys = pl.ds(lax.rem(tile * block_kv, jnp.int32(p.page_size)), min(block_kv, p.page_size))
+          v_landed = slot + jnp.where(is_dirty(work, tile), stages, 0)
           for gmem, smem, full, empty in (
             (k_gmem, k_smem, k_full.at[slot], k_empty.at[slot]),
             (v_gmem, v_smem, v_full.at[v_landed], v_empty.at[slot]),
@@ -217,79 +249,158 @@ def forward(
             for m, page_id in enumerate(ids):
               to = smem.at[slot, pl.ds(m * p.page_size, p.page_size)] if tile_pages > 1 else smem.at[slot]
               plgpu.copy_gmem_to_smem(gmem.at[page_id, keys, work.head], to, full)
+          return later
 
-        def clean(i):
-          """Clears values that are not the item's: they may be NaN, and 0 * NaN is NaN."""
-          slot, tile = place(i)
-
-          @pl.when(is_dirty(tile))
-          def _():
-            plgpu.barrier_wait(v_full.at[slot + stages])
-            before = None if p.window is None else work.first_key - tile * block_kv
-            mosaic.zero_rows(v_smem.at[slot], work.kv_len - tile * block_kv, before, interpret=is_interpreted)
-            plgpu.commit_smem()
-            for _ in range(tile_pages):
-              plgpu.barrier_arrive(v_full.at[slot])
-
-        mosaic.one_warp(lambda: fetch_tile(0))
-        pl.when(step > 0)(lambda: plgpu.barrier_wait(q_empty.at[0]))
-        mosaic.copy_rows(q_gmem, rows_of(work, work.first, block_q), q_smem.at[0], interpret=is_interpreted)
-        plgpu.barrier_arrive(q_full.at[0])
-        clean(0)
-        others = n if p.window is None else n - 1
-        mosaic.one_warp(lambda: pl.loop(1, others)(fetch_tile))
-        if p.window is not None:
-
-          @pl.when(n > 1)
-          def _():
-            mosaic.one_warp(lambda: fetch_tile(n - 1))
-            clean(n - 1)
-
+        lax.fori_loop(0, n, fetch_tile, look_up(jnp.int32(0)))
         return done + n
 
-      done = lax.fori_loop(0, steps, one_item, jnp.int32(0))
-      pl.when(steps > 0)(lambda: plgpu.barrier_wait(q_empty.at[0]))
+      done = items.over(one_item, jnp.int32(0))
 
-      @mosaic.one_warp
-      def drain():  # the interpreter wants every completion of a barrier observed
-        @pl.loop(jnp.maximum(done - stages, 0), done)
-        def _(i):
-          plgpu.barrier_wait(k_empty.at[lax.rem(i, jnp.int32(stages))])
-          plgpu.barrier_wait(v_empty.at[lax.rem(i, jnp.int32(stages))])
+      @pl.loop(jnp.maximum(done - stages, 0), done)
+      def _(i):  # the interpreter wants every completion of a barrier observed
+        plgpu.barrier_wait(k_empty.at[lax.rem(i, jnp.int32(stages))])
+        plgpu.barrier_wait(v_empty.at[lax.rem(i, jnp.int32(stages))])
+
+    def copy_queries(part):
+      """Copies half of the rows."""
+      rows = block_q // 2
+
+      def one_item(n, told, done):
+        work, slot = item(told), lax.rem(n, jnp.int32(query_stages))
+        pl.when(n >= query_stages)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
+        to = q_smem.at[slot, pl.ds(part * rows, rows)]
+        mosaic.copy_rows(
+          q_gmem, rows_of(work, work.first + part * rows, rows), to, num_threads=32, interpret=is_interpreted
+        )
+        plgpu.barrier_arrive(q_full.at[slot])
+        return done + 1
+
+      done = items.over(one_item, jnp.int32(0))
+      write_nothing(2 * (num_blocks - 1 - block) + part, 2 * num_blocks)
+
+      @pl.loop(jnp.maximum(done - query_stages, 0), done)
+      def _(n):
+        plgpu.barrier_wait(q_empty.at[lax.rem(n, jnp.int32(query_stages))])
+
+    def write_nothing(part, parts):
+      """0 and -inf for one of so many parts of the tokens of sequences without keys, and of no sequence."""
+      dead = order.dead()
+      count, _ = dead.measure()
+      share = cdiv(count, parts)
+      low, high = part * share, jnp.minimum((part + 1) * share, count)
+
+      @pl.when(low < high)
+      def _():
+        (b_low, place), (b_high, _) = dead.find(low, high - 1)
+
+        def of_sequence(b, place):
+          length = dead.length(b)
+          first, past = jnp.maximum(low - place, 0), jnp.minimum(high - place, length)
+
+          @pl.when(first < past)
+          def _():
+            row, count = (starts[b] + first) * H, (past - first) * H
+            mosaic.fill_rows(out_gmem, row, count, 0.0, interpret=is_interpreted)
+            mosaic.fill_rows(lse_gmem, row, count, float("-inf"), interpret=is_interpreted)
+
+          return place + length
+
+        lax.fori_loop(b_low, b_high + 1, of_sequence, place)
+
+    def lead():
+      def clean(work, done, i):
+        """Clears values that are not the item's: they may be NaN, and 0 * NaN is NaN."""
+        slot, tile = lax.rem(done + i, jnp.int32(stages)), work.high - 1 - i
+
+        @pl.when(is_dirty(work, tile))
+        def _():
+          plgpu.barrier_wait(v_full.at[slot + stages])
+          before = None if p.window is None else work.first_key - tile * block_kv
+          past = work.kv_len - tile * block_kv
+          mosaic.zero_rows(v_smem.at[slot], past, before, threads=32, interpret=is_interpreted)
+          mosaic.publish(interpret=is_interpreted)
+          for _ in range(tile_pages):
+            plgpu.barrier_arrive(v_full.at[slot])
+
+      def clean_item(told, done):
+        """Returns the KV tiles up to its end."""
+
+        def clean_ends():
+          work = item(told)
+          count = work.high - work.low
+          clean(work, done, 0)
+          if p.window is not None:
+            pl.when(count > 1)(lambda: clean(work, done, count - 1))
+          return done + count
+
+        return lax.cond(items.is_one(told), clean_ends, lambda: done)
+
+      def of_sequence(_, carry):
+        key, before, told, done = carry
+        key, b = order.next(key)
+        tiles, sequence = order.tiles(b), order.sequence(b)
+
+        def one_item(n, carry):
+          last, done = carry
+          tile, head = divide(at(n) - before * K, K)
+          told = count - n, b, head, (tiles - 1 - tile) * block_q, *sequence
+          items.tell(n, told)
+          # Only then: it waits for values, and all know of this item meanwhile.
+          return told, clean_item(last, done)
+
+        first, past = (mosaic.dealt(x * K, block, num_blocks)[0] for x in (before, before + tiles))
+        told, done = lax.fori_loop(first, past, one_item, (told, done))
+        return key, before + tiles, told, done
+
+      sequences, tiles = order.count()
+      count, at = mosaic.dealt(tiles * K, block, num_blocks)
+      nothing = (jnp.int32(0),) * items.count
+      start = jnp.int32(2**31 - 1), jnp.int32(0), nothing, jnp.int32(0)
+      _, _, told, done = lax.fori_loop(0, sequences, of_sequence, start)
+      items.tell(count, nothing)
+      clean_item(told, done)
+      items.drain(count + 1)
 
     @pl.when(warpgroup < num_wgs)
     def _():
-      plgpu.set_max_registers(160 if num_wgs == 3 else 240, action="increase")
+      plgpu.set_max_registers(160 if num_wgs == 3 else 232, action="increase")
       compute()
 
     @pl.when(warpgroup == num_wgs)
     def _():
-      plgpu.set_max_registers(32 if num_wgs == 3 else 24, action="decrease")
-      fetch()
+      plgpu.set_max_registers(32 if num_wgs == 3 else 40, action="decrease")
+
+      @plgpu.warp_map
+      def _(warp):
+        pl.when(warp == 0)(fetch)
+        pl.when((warp == 1) | (warp == 2))(lambda: copy_queries(warp - 1))
+        pl.when(warp == 3)(lead)
 
   full, empty = plgpu.Barrier, plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
-  out_ref, lse_ref = jax.new_ref(out.reshape(T * H, D)), jax.new_ref(lse.reshape(T * H))
-  plgpu.kernel(
+  new = (jax.ShapeDtypeStruct((T * H, D), dtype), jax.ShapeDtypeStruct((T * H,), jnp.float32))
+  written = () if others is None else tuple(jax.new_ref(x.reshape(y.shape)) for x, y in zip(others, new, strict=True))
+  out = plgpu.kernel(
     kernel,
-    out_type=(),
+    out_type=() if others else new,
     grid=(num_blocks,),
     grid_names=("block",),
     num_threads=num_wgs + 1,
     thread_name="wg",
     scratch_types=(
-      mosaic.smem((1, block_q, D), dtype),
+      mosaic.smem((query_stages, block_q, D), dtype),
       *(mosaic.smem((stages, block_kv, D), dtype) for _ in range(2)),
-      full(num_barriers=1),
-      plgpu.Barrier(num_arrivals=num_wgs, num_barriers=1),
+      full(num_arrivals=2, num_barriers=query_stages),
+      full(num_arrivals=num_wgs, num_barriers=query_stages),
       *(full(num_arrivals=tile_pages, num_barriers=stages), empty),
       *(full(num_arrivals=tile_pages, num_barriers=2 * stages), empty),  # [stages:]: landed, and to be cleaned
+      items_sm90.told_scratch(num_wgs + 3),
     ),
     compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     interpret=interpret,
   )(
     *(operands.query.reshape(T * H, D), operands.k_pages, operands.v_pages, operands.pages),
-    *work(p, block_q, operands.query_starts, operands.kv_lens),
-    *(sinks, out_ref, lse_ref),
+    *(operands.query_starts, operands.kv_lens, sinks, *written),
   )
-  return jax.freeze(out_ref).reshape(T, H, D), jax.freeze(lse_ref).reshape(T, H)
+  out, lse = map(jax.freeze, written) if written else out
+  return out.reshape(T, H, D), lse.reshape(T, H)

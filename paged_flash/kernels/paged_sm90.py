@@ -43,7 +43,8 @@ def paged_forward(
   """Paged attention, also inside `jax.vmap` (one call after the other) and `jax.shard_map`.
 
   `paged_decode_sm90` serves the sequences with few query tokens, and `paged_prefill_sm90`, where there can be any,
-  those with more, and the padding. Both write to the same arrays.
+  those with more, and the padding. Both write to the same arrays. Where `min_query_len` says that all have more, the
+  latter serves them all.
 
   Args:
     problem: What to compute; `supports` must be "".
@@ -61,11 +62,13 @@ def paged_forward(
 
   @jax.custom_batching.sequential_vmap
   def attend(operands):
+    if problem.min_query_len > paged_decode_sm90.max_tokens(problem):
+      return paged_prefill_sm90.forward(problem, operands, **long, **run)
     out, lse = paged_decode_sm90.forward(problem, operands, **short, **run)
     if operands.query_starts is None:
       return out, lse
     if problem.max_query_len > paged_decode_sm90.max_tokens(problem):
-      return paged_prefill_sm90.forward(problem, operands, out, lse, **long, **run)
+      return paged_prefill_sm90.forward(problem, operands, (out, lse), **long, **run)
     alive = (jnp.arange(problem.num_tokens) < operands.query_starts[-1])[:, None]
     return jnp.where(alive[..., None], out, 0), jnp.where(alive, lse, -jnp.inf)
 

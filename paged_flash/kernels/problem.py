@@ -61,6 +61,7 @@ class PagedProblem:
   has_scales: bool
   has_sinks: bool
   has_prefixes: bool = False  # leaders and shared_pages given
+  min_query_len: int = 1  # of sequences that have query tokens; those with fewer are served too
 
 
 Problem = FlashProblem | PagedProblem

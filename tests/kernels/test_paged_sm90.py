@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from tests.tolerances import assert_close
 TILES = dict(lanes=2, block_kv=64, stages=2, num_blocks=3)
 TILES |= dict(prefill_num_wgs=2, prefill_block_kv=64, prefill_stages=2)
 SINKS = np.arange(7, dtype=np.float32) - 3
+BOUNDS = ("max_query_len", "min_query_len")
 SPECULATIVE: dict[str, Any] = dict(
   kv_lens=[9, 200, 0, 16, 65], query_lens=[4, 1, 0, 2, 3], num_tokens=12, max_query_len=4
 )
@@ -86,6 +89,16 @@ CASES |= {
     | dict(pages_per_slot=2, local_window_size=3),
     {},
   ),
+  "chunks_beside_three_tokens_of_a_long_sequence": (  # which the second kernel folds, row after row
+    dict(kv_lens=[300, 40, 500], query_lens=[3, 40, 1], num_tokens=50, max_query_len=40)
+    | dict(heads=(2, 1, 64), page_size=16, pages_per_slot=32),
+    dict(lanes=1),
+  ),
+  "chunks_alone": (  # all in one kernel: one of no keys, and one of fewer tokens than was said
+    dict(kv_lens=[90, 1, 0, 150, 64], query_lens=[33, 1, 0, 38, 20], num_tokens=95, max_query_len=50, min_query_len=20)
+    | dict(heads=(4, 1, 64), page_size=16, pages_per_slot=10),
+    dict(prefill_query_stages=2, prefill_stages=3),
+  ),
   "chunks_page64_mha_dim128": (
     dict(kv_lens=[130, 66], query_lens=[130, 1], num_tokens=131, max_query_len=130)
     | dict(heads=(1, 1, 128), page_size=64, pages_per_slot=3, sinks=SINKS[2:3]),
@@ -143,7 +156,7 @@ def test_is_the_oracle(name):
   out, lse = attend(call, dtype, **tiles)
   for field in ["query"] if "k_scales" in call else ["query", "k_pages", "v_pages"]:
     call[field] = np.asarray(jnp.asarray(call[field], dtype), np.float32)
-  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
+  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k not in BOUNDS})
   assert_close(out, want_out)
   assert_close(lse, want_lse)
   assert (out[want_lse == -np.inf] == 0).all()
@@ -222,7 +235,7 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   assert (out_told[alive] == out[alive]).all() and (lse_told[alive] == lse[alive]).all()
   for field in ("query", "k_pages", "v_pages"):
     call[field] = np.asarray(jnp.asarray(call[field], jnp.bfloat16), np.float32)
-  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k != "max_query_len"})
+  want_out, want_lse = oracle.paged(**{k: v for k, v in call.items() if k not in BOUNDS})
   assert_close(out_told[alive], want_out[alive])
   assert_close(lse_told[alive], want_lse[alive])
 
@@ -285,10 +298,8 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
       assert size % longest == 0
 
 
-@pytest.mark.parametrize("is_warp", [False, True])
-@pytest.mark.parametrize("batch", [1, 5, 32, 77])
-def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
-  """In the interpreter's loop, and in a warp: `jax.vmap` over its 32 lanes."""
+def pretend_warp(monkeypatch):
+  """A warp is `jax.vmap` over its 32 lanes."""
 
   def over_warp(operation, x):
     if operation == "before":
@@ -297,28 +308,37 @@ def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
 
   monkeypatch.setattr(mosaic, "thread", lambda: 96 + jax.lax.axis_index("lane"))
   monkeypatch.setattr(mosaic, "over_warp", over_warp)
+
+
+@pytest.mark.parametrize("is_warp", [False, True])
+@pytest.mark.parametrize("batch", [1, 5, 32, 77])
+def test_where_sequences_lie_on_the_line(batch, is_warp, monkeypatch):
+  """In the interpreter's loop, and in a warp."""
+  pretend_warp(monkeypatch)
   rng = np.random.default_rng(batch)
   lengths = rng.zipf(1.5, batch).clip(0, 50).astype(np.int32) * rng.integers(0, 2, batch, np.int32)
   ends = np.cumsum(lengths)
   line = paged_decode_sm90.Line(batch, lambda b: jnp.asarray(lengths)[b], interpret=not is_warp)
   places = rng.integers(0, ends[-1] + 5, 9).astype(np.int32)
+  bound = int(rng.integers(1, 50))
 
   @jax.jit
   @functools.partial(jax.vmap, axis_name="lane", axis_size=32)
   def look():
-    return line.measure(), line.start(batch // 2), line.find(*places)
+    return line.measure(), line.start(batch // 2), line.find(*places), line.longest_below(bound)
 
   def wanted(place):
     index = np.searchsorted(ends, place, side="right")
     return index, ends[index - 1] if index else 0
 
   want = (ends[-1], lengths.max()), lengths[: batch // 2].sum(), [wanted(x) for x in places]
+  want += (max([0, *lengths[lengths < bound]]),)
   for got, x in zip(jax.tree.leaves(look()), jax.tree.leaves(want), strict=True):
     assert (got == x).all()
 
 
 def test_a_chunk_does_not_depend_on_its_batch():
-  """Bit for bit; and pages before a window may be NaN."""
+  """Bit for bit, nor on how many rows a tile has; and pages before a window may be NaN."""
   arguments: dict[str, Any] = dict(heads=(4, 1, 64), page_size=16, local_window_size=50, max_query_len=40)
   together = cases.paged_call(
     kv_lens=[70, 20, 150], query_lens=[30, 1, 40], num_tokens=75, pages_per_slot=10, **arguments
@@ -329,8 +349,9 @@ def test_a_chunk_does_not_depend_on_its_batch():
   assert np.isfinite(out.astype(np.float32)).all()
   alone = dict(together, query=together["query"][31:71], kv_lens=together["kv_lens"][2:])
   alone |= dict(pages=together["pages"][2:], query_starts=np.array([0, 40], np.int32))
-  out_alone, lse_alone = attend(alone, num_blocks=2)
-  assert (out_alone == out[31:71]).all() and (lse_alone == lse[31:71]).all()
+  for told, tiles in (({}, dict(num_blocks=2)), (dict(min_query_len=40), dict(prefill_num_wgs=1))):
+    out_alone, lse_alone = attend(alone | told, **tiles)
+    assert (out_alone == out[31:71]).all() and (lse_alone == lse[31:71]).all()
 
 
 def test_inactive_slots_give_nothing():
@@ -350,40 +371,52 @@ def test_inactive_slots_give_nothing():
   assert np.isfinite(lse[43:]).all() and out[43:].any((1, 2)).all()
 
 
-WORK = jax.jit(paged_prefill_sm90.work, static_argnums=(0, 1))
-
-
-@pytest.mark.parametrize("window", [None, 40])
-def test_the_work_is_every_row_once_the_longest_first(window):
-  """Against a loop over the sequences."""
-  block_q, batch, few, tokens = 64, 5, 16, 301
-  problem = problem_of(num_heads=4, batch=batch, num_tokens=tokens, max_query_len=100, window=window)
+@pytest.mark.parametrize("is_warp", [False, True])
+def test_sequences_come_about_the_longest_first(is_warp, monkeypatch):
+  """Against sorting: those that have more query tokens than the decode kernel takes; and tokens that get nothing."""
+  block_q, block_kv, batch, few, tokens = 64, 64, 5, 16, 301
+  problem = problem_of(num_heads=4, batch=batch, num_tokens=tokens, max_query_len=100)
   assert paged_decode_sm90.max_tokens(problem) == few
-  for seed in range(20):
+  pretend_warp(monkeypatch)
+
+  @jax.jit
+  @functools.partial(jax.vmap, axis_name="lane", axis_size=32, in_axes=None)
+  def look(starts, lens):
+    order = paged_prefill_sm90.Order(problem, few, block_q, block_kv, starts, lens, interpret=not is_warp)
+    one = lambda key, _: (order.next(key)[0], order.next(key))  # noqa: E731
+    keys, found = jax.lax.scan(one, jnp.int32(2**31 - 1), length=batch)[1]
+    dead = order.dead()
+    sizes = [dead.length(b) for b in range(batch + 1)]
+    return order.count(), keys, found, order.tiles(found), dead.measure()[0], sizes
+
+  for seed in range(10):
     rng = np.random.default_rng(seed)
     query_lens = rng.choice([0, 1, few, few + 1, 32, 33, 64, 100], batch)
     query_lens = np.where(np.cumsum(query_lens) > tokens, 0, query_lens)
-    kv_lens = np.where(rng.random(batch) < 0.2, 0, query_lens + rng.choice([0, 1000], batch))
+    kv_lens = np.where(rng.random(batch) < 0.2, 0, query_lens + rng.choice([0, 70, 1000], batch))
     starts = np.concatenate([[0], np.cumsum(query_lens)])
-    starts, lens = (jnp.asarray(x, jnp.int32) for x in (starts, kv_lens))
-    tiles, (live, used) = map(np.asarray, WORK(problem, block_q, starts, lens))
-    sizes = [*zip(range(batch), starts[:-1], query_lens, kv_lens, strict=True)]
-    sizes = [x for x in sizes if x[2] > few] + [(batch, starts[-1], tokens - starts[-1], 0)]
-    wanted = [(b, row, start, n, kv_len) for b, start, n, kv_len in sizes for row in range(0, int(n) * 4, block_q)]
-    got = [tuple(row) for row in tiles[:used].tolist()]
-    assert sorted(got) == sorted(tuple(map(int, row)) for row in wanted)
-    assert all((kv_len > 0) == (i < live) for i, (*_, kv_len) in enumerate(got))
-    if window is None:
-      last_keys = [kv_len - n + min((row + block_q) // 4, n) for _, row, _, n, kv_len in got[:live]]
-      assert last_keys == sorted(last_keys, reverse=True)
+    lanes = look(*(jnp.asarray(x, jnp.int32) for x in (starts, kv_lens)))
+    assert all((x == x[:1]).all() for x in jax.tree.leaves(lanes))
+    (count, num_tiles), keys, found, tiles, dead, of_each = jax.tree.map(lambda x: np.asarray(x)[0], lanes)
+    mine = [b for b in range(batch) if query_lens[b] > few and kv_lens[b]]
+    mine.sort(key=lambda b: (-(-kv_lens[b] // block_kv), b), reverse=True)  # the most KV tiles first
+    assert list(found[:count]) == mine and (keys[:count] > 0).all() and (keys[count:] == 0).all()
+    assert list(tiles[:count]) == [-(-query_lens[b] * 4 // block_q) for b in mine] and num_tiles == tiles[:count].sum()
+    nothing = [n if n > few and not kv_len else 0 for n, kv_len in zip(query_lens, kv_lens, strict=True)]
+    nothing.append(tokens - starts[-1])
+    assert list(of_each) == nothing and dead == sum(nothing)
 
 
-def test_the_work_fits_an_array_of_its_size():
-  """As many sequences as can be, each with a last tile that is hardly begun."""
-  problem = problem_of(num_heads=4, batch=4, num_tokens=4 * 17, max_query_len=17)
-  starts = jnp.arange(5, dtype=jnp.int32) * 17
-  tiles, (live, used) = WORK(problem, 64, starts, starts[1:])
-  assert live == used == 8 <= len(tiles)
+def test_four_lanes_turn_what_they_hold_of_a_row(monkeypatch):
+  """So that each has 16 bytes of it; lanes are elements of arrays here."""
+  lane = np.arange(4)
+  words = [np.array([f"word {i} of lane {j}" for j in lane]) for i in range(4)]
+  monkeypatch.setattr(mosaic, "ir", mock.MagicMock())
+  arith = dict(remui=np.remainder, andi=np.bitwise_and, cmpi=lambda _, x, y: x != y, select=np.where)
+  monkeypatch.setattr(mosaic, "arith", mock.MagicMock(**arith))
+  utils = dict(thread_idx=lambda: lane + 8, c=lambda x, _: x, shfl_bfly=lambda x, distance: x[lane ^ distance])
+  monkeypatch.setattr(mosaic, "mgpu", types.SimpleNamespace(utils=types.SimpleNamespace(**utils)))
+  assert [list(x) for x in mosaic._turn_quad(words)] == [[f"word {j} of lane {i}" for j in lane] for i in range(4)]
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 511, 512, 513, 8192, 40_000, 131_072])
@@ -483,6 +516,8 @@ CONFIGURATIONS |= {
 }
 CONFIGURATIONS |= {
   "chunks-mha": (8, 256, 16, 32, 32, 128, 100, {}),
+  "chunks-alone": (8, 256, 16, 32, 8, 128, 100, dict(min_query_len=17)),
+  "chunks-16": (8, 256, 16, 32, 8, 128, 100, dict(min_query_len=16)),
   "chunks-group3-64": (8, 64, 16, 9, 3, 64, 100, {}),
   "chunks-group64": (8, 256, 16, 128, 2, 64, 100, {}),
   "chunks-group7-window": (8, 256, 16, 28, 4, 128, 100, dict(local_window_size=1000)),
@@ -533,7 +568,7 @@ def test_lowering(name, monkeypatch):
   text = lowered(arrays, options)
   _, pages_per_slot, page_size, *_ = CONFIGURATIONS[name]
   has_one_chunk = pages_per_slot * page_size <= 1024 or name == "everything-256"
-  decode = 1 if has_one_chunk else 2
+  decode = 0 if name == "chunks-alone" else 1 if has_one_chunk else 2
   assert mosaic_help.count_kernels(text) == decode + ("chunks" in name)
   assert mosaic_help.largest_array(text) == arrays["k_pages"].size
 

@@ -71,6 +71,7 @@ CASES |= {
   "chunks-everything": Case(**CHUNKS, heads=(9, 3, 128), page_size=8, options=EVERYTHING),
   "chunks-everything-256": Case(**CHUNKS, heads=(4, 4, 256), page_size=32, options=EVERYTHING),
   "chunks-mixed": Case([4000] * 40 + [900, 50, 1500], (9, 3, 64), query_lens=[1, 2] * 20 + [512, 33, 44]),
+  "chunks-alone": Case(**CHUNKS, heads=(8, 2, 128), options=dict(min_query_len=70)),  # for one has a single token
   "chunks-of-decode": Case([100, 200, 300], (8, 2, 128), options=dict(max_query_len=100), query_lens=[1, 1, 1]),
 }
 
