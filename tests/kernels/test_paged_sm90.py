@@ -90,7 +90,7 @@ CASES |= {
     {},
   ),
   "chunks_beside_three_tokens_of_a_long_sequence": (  # which the second kernel folds, row after row
-    dict(kv_lens=[300, 40, 500], query_lens=[3, 40, 1], num_tokens=50, max_query_len=40)
+    dict(kv_lens=[500, 40, 300], query_lens=[1, 40, 3], num_tokens=50, max_query_len=40)
     | dict(heads=(2, 1, 64), page_size=16, pages_per_slot=32),
     dict(lanes=1),
   ),
