@@ -412,9 +412,11 @@ def test_four_lanes_turn_what_they_hold_of_a_row(monkeypatch):
   lane = np.arange(4)
   words = [np.array([f"word {i} of lane {j}" for j in lane]) for i in range(4)]
   monkeypatch.setattr(mosaic, "ir", mock.MagicMock())
-  arith = dict(remui=np.remainder, andi=np.bitwise_and, cmpi=lambda _, x, y: x != y, select=np.where)
+  arith: dict[str, Any] = dict(remui=np.remainder, andi=np.bitwise_and, cmpi=lambda _, x, y: x != y, select=np.where)
   monkeypatch.setattr(mosaic, "arith", mock.MagicMock(**arith))
-  utils = dict(thread_idx=lambda: lane + 8, c=lambda x, _: x, shfl_bfly=lambda x, distance: x[lane ^ distance])
+  utils: dict[str, Any] = dict(
+    thread_idx=lambda: lane + 8, c=lambda x, _: x, shfl_bfly=lambda x, distance: x[lane ^ distance]
+  )
   monkeypatch.setattr(mosaic, "mgpu", types.SimpleNamespace(utils=types.SimpleNamespace(**utils)))
   assert [list(x) for x in mosaic._turn_quad(words)] == [[f"word {j} of lane {i}" for j in lane] for i in range(4)]
 
