@@ -90,7 +90,7 @@ CASES |= {
     {},
   ),
   "chunks_beside_three_tokens_of_a_long_sequence": (  # which the second kernel folds, row after row
-    dict(kv_lens=[300, 40, 500], query_lens=[3, 40, 1], num_tokens=50, max_query_len=40)
+    dict(kv_lens=[500, 40, 300], query_lens=[1, 40, 3], num_tokens=50, max_query_len=40)
     | dict(heads=(2, 1, 64), page_size=16, pages_per_slot=32),
     dict(lanes=1),
   ),
@@ -412,9 +412,11 @@ def test_four_lanes_turn_what_they_hold_of_a_row(monkeypatch):
   lane = np.arange(4)
   words = [np.array([f"word {i} of lane {j}" for j in lane]) for i in range(4)]
   monkeypatch.setattr(mosaic, "ir", mock.MagicMock())
-  arith = dict(remui=np.remainder, andi=np.bitwise_and, cmpi=lambda _, x, y: x != y, select=np.where)
+  arith: dict[str, Any] = dict(remui=np.remainder, andi=np.bitwise_and, cmpi=lambda _, x, y: x != y, select=np.where)
   monkeypatch.setattr(mosaic, "arith", mock.MagicMock(**arith))
-  utils = dict(thread_idx=lambda: lane + 8, c=lambda x, _: x, shfl_bfly=lambda x, distance: x[lane ^ distance])
+  utils: dict[str, Any] = dict(
+    thread_idx=lambda: lane + 8, c=lambda x, _: x, shfl_bfly=lambda x, distance: x[lane ^ distance]
+  )
   monkeypatch.setattr(mosaic, "mgpu", types.SimpleNamespace(utils=types.SimpleNamespace(**utils)))
   assert [list(x) for x in mosaic._turn_quad(words)] == [[f"word {j} of lane {i}" for j in lane] for i in range(4)]
 
