@@ -86,7 +86,8 @@ def _heuristic(problem: FlashProblem, stage: str) -> dict[str, int]:
   if stage == "backward":
     if size > 64:
       return {"stages": 2}
-    block_q = max(n for n in flash_backward_sm90.blocks_of_queries(problem) if n <= max(64, problem.query_len))
+    most = max(64, problem.query_len) if problem.window is None else 64  # 128 was not timed with a window
+    block_q = max(n for n in flash_backward_sm90.blocks_of_queries(problem) if n <= most)
     return {"block_q": block_q, "stages": 2 if block_q == 128 else 3}
   if size <= 64:
     return {"num_wgs": 3, "block_kv": 128, "stages": 3, "query_stages": 2}

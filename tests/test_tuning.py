@@ -46,7 +46,13 @@ def test_an_unknown_device_gets_the_heuristic(tables):
   assert tuning.tiles(problem(), "sm90", "backward").keys() == {"stages"}
   small = problem(head_dim=64)
   assert tuning.tiles(small, "sm90", "backward") == dict(block_q=128, stages=2)
-  for changes in (dict(query_len=127), dict(has_kv_lens=True), dict(has_segments=True), dict(soft_cap=9.0)):
+  for changes in (
+    dict(query_len=127),
+    dict(window=(9, 0)),
+    dict(has_kv_lens=True),
+    dict(has_segments=True),
+    dict(soft_cap=9.0),
+  ):
     assert tuning.tiles(dataclasses.replace(small, **changes), "sm90", "backward") == dict(block_q=64, stages=3)
 
 

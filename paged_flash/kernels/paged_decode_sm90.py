@@ -223,7 +223,10 @@ class Segments(NamedTuple):
 
     Sequences of about the same length are not cut if `enough` lanes fetch at a time all the same.
     """
-    size, longest = cdiv(total, count), jnp.maximum(longest, 1)
+    size, longest = (
+      cdiv(jnp.maximum(total - COST, 0), count),
+      jnp.maximum(longest, 1),
+    )  # nothing begins in the last cost
     is_enough = (longest * enough <= total * num_kv_heads) & (longest * batch <= 2 * total)
     return cls(jnp.where(is_enough, lax.div(size + longest - 1, longest) * longest, size), count)
 

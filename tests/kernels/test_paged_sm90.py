@@ -291,11 +291,18 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
     enough = int(rng.choice([64, 128, lanes]))
     tiles = jnp.int32(total), jnp.int32(longest)
     size, count = paged_decode_sm90.Segments.cut(lanes // heads, batch, heads, enough, *tiles)
-    assert size * count >= total
+    assert size * count >= total - paged_decode_sm90.COST  # in which nothing begins
     assert size <= -(-total // count) or size * enough <= 2 * total * heads
     assert size <= -(-total // count) or longest * batch <= 2 * total
     if case % 2 and batch * heads >= enough:
       assert size % longest == 0
+
+
+def test_one_sequence_gives_each_lane_a_chunk():
+  for chunks, chunk in ((16, 4), (33, 31), (1, 5)):
+    line = jnp.int32(chunks * chunk + paged_decode_sm90.COST)
+    size, _ = paged_decode_sm90.Segments.cut(chunks, 1, 8, 128, line, line)
+    assert len({n * chunk // int(size) for n in range(chunks)}) == chunks
 
 
 def pretend_warp(monkeypatch):
