@@ -67,10 +67,6 @@ def _columns(register: Any) -> list[Any]:
   return [vector.extract(register, dynamic_position=[], static_position=[e]) for e in range(2)]
 
 
-def _register(like: Any, values: list[Any]) -> Any:
-  return vector.from_elements(like.type, values)
-
-
 def _by_group(x: Any) -> list[list[Any]]:
   """The registers of a wgmma tile for each 8 columns, a thread's rows in order."""
   rows, groups = x.registers.shape[:2]
@@ -119,7 +115,7 @@ def maximum(s: jax.Array, scratch: Any, *, interpret: bool) -> jax.Array:
   if interpret:
     return s.max(axis=0)
 
-  @mosaic._inline(arg_types=(TILE, plgpu.RefType()), return_type=_column_type(s.shape[1]))
+  @mosaic.inline(arg_types=(TILE, plgpu.RefType()), return_type=_column_type(s.shape[1]))
   def compute(_, s, scratch):
     values = []
     for registers in _by_group(s):
@@ -138,7 +134,7 @@ def total(sums: jax.Array, scratch: Any, *, interpret: bool) -> jax.Array:
   if interpret:
     return sums
 
-  @mosaic._inline(arg_types=(COLUMN, plgpu.RefType()), return_type=_column_type(sums.shape[0]))
+  @mosaic.inline(arg_types=(COLUMN, plgpu.RefType()), return_type=_column_type(sums.shape[0]))
   def compute(_, sums, scratch):
     values = [x for register in sums.registers.flat for x in _columns(register)]
     return _as_columns(_over_warps(values, arith.addf, scratch))
@@ -152,7 +148,7 @@ def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bo
     out = jnp.exp2(s * factor - down(shift, s))
     return out, out.sum(axis=0)
 
-  @mosaic._inline(
+  @mosaic.inline(
     arg_types=(TILE, COLUMN),
     return_type=(plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=TILE), _column_type(s.shape[1])),
   )
@@ -164,12 +160,12 @@ def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bo
     flat, sums = registers.reshape(rows, groups, 2), [None] * (2 * groups)
     for m, j, half in np.ndindex(rows, groups, 2):
       register = flat[m, j, half]
-      values = [mosaic._exp2(llvm.intr_fma(x, scale, y)) for x, y in zip(_columns(register), shifts[j], strict=True)]
-      flat[m, j, half] = _register(register, values)
+      values = [mosaic.exp2_of(llvm.intr_fma(x, scale, y)) for x, y in zip(_columns(register), shifts[j], strict=True)]
+      flat[m, j, half] = vector.from_elements(register.type, values)
       for e, x in enumerate(values):
         before = sums[2 * j + e]
         sums[2 * j + e] = x if before is None else arith.addf(before, x)
-    return mosaic._like(s, registers), _as_columns(sums)
+    return mosaic.as_registers(s, registers), _as_columns(sums)
 
   return compute(s, shift)
 
@@ -180,45 +176,30 @@ def put(x: jax.Array, tile: Any, *, interpret: bool) -> None:
     tile[...] = x.T
     return
 
-  @mosaic._inline(arg_types=(TILE, plgpu.RefType(mosaic._transforms(tile.shape, tile.dtype))))
+  @mosaic.inline(arg_types=(TILE, plgpu.RefType(mosaic.transforms_of(tile.shape, tile.dtype))))
   def store(_, x, tile):
-    # Four 8 x 8 matrices: two of these 64 rows and two of the next, or of the next 8 columns. Lane l says where row
-    # l % 8 of matrix l // 8 goes, 16 bytes; swizzling exchanges the 16-byte pieces of a row.
-    i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    rows, groups = x.registers.shape[:2]
-    flat = x.registers.reshape(rows, groups, 2)
+    # Two tiles of 8 x 64 at a time, four 8 x 8 matrices. Lane l says where row l % 8 of matrix l // 8 goes, 16 bytes;
+    # swizzling exchanges the 16-byte pieces of a row.
+    i32, i8, tile_bytes = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8), 1024
     warp, r, c = _thread()
     lane = arith.addi(arith.muli(r, _constant(4)), c)
     n, matrix = arith.remui(lane, _constant(8)), arith.divui(lane, _constant(8))
-    half, other = arith.remui(matrix, _constant(2)), arith.divui(matrix, _constant(2))
+    half, second = arith.remui(matrix, _constant(2)), arith.divui(matrix, _constant(2))
     piece = arith.xori(arith.addi(arith.muli(warp, _constant(2)), half), n)
     line = arith.addi(arith.muli(n, _constant(128)), arith.muli(piece, _constant(16)))
-    tile_bytes = 1024  # 8 rows of 128 bytes: 64 of M
-    per = 2 if rows % 2 == 0 else 1  # 64s of rows at once
-    step = _constant(tile_bytes) if per == 2 else _constant(tile_bytes * rows)
-    pairs = per == 2 or groups % 2 == 0
-    if pairs:
-      line = arith.addi(line, arith.muli(other, step))
-    base = mgpu.utils.memref_ptr(tile)
-    places = (
-      [(m, j) for j in range(groups) for m in range(0, rows, 2)]
-      if per == 2
-      else ([(0, j) for j in range(0, groups, 2 if pairs else 1)])
-    )
-    for m, j in places:
-      if per == 2:
-        chosen = [flat[m, j, 0], flat[m, j, 1], flat[m + 1, j, 0], flat[m + 1, j, 1]]
-      elif pairs:
-        chosen = [flat[m, j, 0], flat[m, j, 1], flat[m, j + 1, 0], flat[m, j + 1, 1]]
-      else:
-        chosen = [flat[m, j, 0], flat[m, j, 1]]
-      offset = arith.addi(line, _constant(tile_bytes * (j * rows + m)))
-      address = llvm.ptrtoint(i32, mgpu.utils.getelementptr(base, [offset], i8))
-      words = [llvm.bitcast(i32, y) for y in chosen]
-      names = ", ".join(f"${k + 1}" for k in range(len(words)))
+    line = arith.addi(line, arith.muli(second, _constant(tile_bytes)))
+    halves = [
+      [llvm.bitcast(i32, y) for y in group[i : i + 2]] for group in _by_group(x) for i in range(0, len(group), 2)
+    ]
+    for first in range(0, len(halves), 2):
+      words = sum(halves[first : first + 2], [])
+      place = mgpu.utils.getelementptr(
+        mgpu.utils.memref_ptr(tile), [arith.addi(line, _constant(tile_bytes * first))], i8
+      )
+      names = ", ".join(f"${n + 1}" for n in range(len(words)))
       mgpu.utils.inline_ptx(
         f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0], {{{names}}};",
-        address,
+        llvm.ptrtoint(i32, place),
         *words,
         has_side_effects=True,
       )
@@ -239,8 +220,8 @@ def widen(tile: Any, *, turned: bool, interpret: bool) -> jax.Array:
   dtype, (num_rows, D) = str(tile.dtype), tile.shape
   shape = (D, num_rows) if turned else (num_rows, D)
 
-  @mosaic._inline(
-    arg_types=(plgpu.RefType(mosaic._transforms(tile.shape, tile.dtype)),),
+  @mosaic.inline(
+    arg_types=(plgpu.RefType(mosaic.transforms_of(tile.shape, tile.dtype)),),
     return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=TILE),
   )
   def convert(_, tile):
@@ -267,8 +248,8 @@ def widen(tile: Any, *, turned: bool, interpret: bool) -> jax.Array:
         column_tile, piece = divmod(64 * q, width)
         more = (8 * m + half) * column_tiles * 8 * width + column_tile * 8 * width
         words = load(four, places[piece // 64], more)
-        for n, word in enumerate(mosaic._values(words)):
-          for i, x in enumerate(mosaic._to_bf16(word, dtype)):
+        for n, word in enumerate(mosaic.values_of(words)):
+          for i, x in enumerate(mosaic.to_bf16(word, dtype)):
             flat[m, 8 * q + 2 * n + i, half] = as_pair(x)
       return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
     size = D // 32  # neighbours that a thread loads at once
@@ -284,12 +265,12 @@ def widen(tile: Any, *, turned: bool, interpret: bool) -> jax.Array:
     words_type = {2: ir.IntegerType.get_signless(16), 4: i32, 8: ir.VectorType.get((2,), i32)}[size]
     for j in range(num_rows // 8):
       both = [load(words_type, place, j * column_tiles * 8 * width) for place in places]
-      both = [[arith.extui(i32, x)] if size == 2 else mosaic._values(x) for x in both]
+      both = [[arith.extui(i32, x)] if size == 2 else mosaic.values_of(x) for x in both]
       slot = 0
       for a, b in zip(*both, strict=True):
         for order in (0x5140, 0x7362)[: 1 if size == 2 else 2]:
           mixed = mgpu.utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, _constant(order), result_types=i32)
-          for x in mosaic._to_bf16(mixed, dtype):
+          for x in mosaic.to_bf16(mixed, dtype):
             flat[slot // 2, j, slot % 2] = as_pair(x)
             slot += 1
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
@@ -305,7 +286,7 @@ def put_row_values(ref: Any, values: list[Any], *, interpret: bool) -> None:
     return
   rows = ref.shape[1]
 
-  @mosaic._inline(arg_types=(plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * len(values)))
+  @mosaic.inline(arg_types=(plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * len(values)))
   def store(_, ref, *values):
     thread = arith.remui(mgpu.utils.thread_idx(), _constant(128))
     base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [thread], ir.F32Type.get())
@@ -324,11 +305,11 @@ def scale_rows(x: jax.Array, scales: Any, *, interpret: bool) -> jax.Array:
 
 
 def _places(rows: Rows, num_columns: int, *traced: Any) -> list[tuple[Any, Any]]:
-  """Where the rows that a thread's columns are lie, as `mosaic._place` says."""
+  """Where the rows that a thread's columns are lie, as `mosaic.place_of` says."""
   _, _, c = _thread()
   first = arith.muli(c, _constant(2))
   numbers = [8 * j + e for j in range(num_columns // 8) for e in range(2)]
-  return [mosaic._place(rows, arith.addi(first, _constant(n)), *traced) for n in numbers]
+  return [mosaic.place_of(rows, arith.addi(first, _constant(n)), *traced) for n in numbers]
 
 
 def load(ref: Any, rows: Rows, num_columns: int, *, interpret: bool) -> jax.Array:
@@ -336,7 +317,7 @@ def load(ref: Any, rows: Rows, num_columns: int, *, interpret: bool) -> jax.Arra
   if interpret:
     return mosaic.load_rows(ref, rows, interpret=True)[:num_columns]
 
-  @mosaic._inline(arg_types=(plgpu.RefType(), *rows.types()), return_type=_column_type(num_columns))
+  @mosaic.inline(arg_types=(plgpu.RefType(), *rows.types()), return_type=_column_type(num_columns))
   def compute(_, ref, *traced):
     f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
     safe, values = arith.extsi(i64, traced[0].registers.item()), []
@@ -358,7 +339,7 @@ def store(ref: Any, rows: Rows, x: jax.Array, *, turned: bool = False, interpret
     return
   is_tile, num_columns = x.ndim == 2, x.shape[-1]
 
-  @mosaic._inline(arg_types=(plgpu.RefType(), TILE if is_tile else COLUMN, *rows.types()))
+  @mosaic.inline(arg_types=(plgpu.RefType(), TILE if is_tile else COLUMN, *rows.types()))
   def write(_, ref, x, *traced):
     i64, memref = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
     element, base = memref.element_type, mgpu.utils.memref_ptr(ref)

@@ -21,7 +21,6 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from paged_flash.kernels import mosaic
 
-_inline: Any = plgpu.inline_mgpu
 _SCALAR = plgpu.Layout.WG_SPLAT
 _INDEX = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
 AHEAD = 2  # items that a block knows of: the one it computes and the next
@@ -118,7 +117,7 @@ class Claims:
       index = self.places[self.places.shape[0] - 1, slot]
     else:
 
-      @_inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INDEX)
+      @mosaic.inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=_INDEX)
       def load(_, places, slot):
         return _load(_address(places, slot))
 
@@ -135,7 +134,7 @@ class Claims:
       self.places[self.places.shape[0] - 1, slot] = index
     else:
 
-      @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, _SCALAR), return_type=_INDEX)
+      @mosaic.inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, _SCALAR), return_type=_INDEX)
       def store(_, places, counter, slot, block):
         with mgpu.utils.single_thread(mgpu.ThreadSubset.WARP):
           value = block.registers.item()
@@ -188,7 +187,7 @@ class Told:
       item = tuple(self.facts[slot, i] for i in range(self.count))
     else:
 
-      @_inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=(_INDEX,) * self.count)
+      @mosaic.inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=(_INDEX,) * self.count)
       def load(_, facts, slot):
         return tuple(_load(_fact(facts, slot, i)) for i in range(self.count))
 
@@ -205,7 +204,7 @@ class Told:
         self.facts[slot, i] = x
     else:
 
-      @_inline(arg_types=(plgpu.RefType(), _SCALAR, *[_SCALAR for _ in item]))
+      @mosaic.inline(arg_types=(plgpu.RefType(), _SCALAR, *[_SCALAR for _ in item]))
       def store(_, facts, slot, *item):
         with mgpu.utils.single_thread(mgpu.ThreadSubset.WARP):
           for i, x in enumerate(item):

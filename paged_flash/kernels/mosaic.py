@@ -21,7 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 ACC: Any = plgpu.WGMMAAccumulatorRef
-_inline: Any = plgpu.inline_mgpu  # its type says that what it decorates keeps its arguments, which it does not
+inline: Any = plgpu.inline_mgpu  # its type says that what it decorates keeps its arguments, which it does not
 _tiling: Any = plgpu.TilingTransform  # abstract for a type checker, not when called
 _swizzle: Any = plgpu.SwizzleTransform
 LOG2_E = 1.4426950408889634
@@ -43,7 +43,7 @@ def untyped(f: Callable[..., Any], *trees: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(jaxpr)(*leaves))
 
 
-def _transforms(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> tuple[Any, Any]:
+def transforms_of(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> tuple[Any, Any]:
   bits = 8 * jnp.dtype(dtype).itemsize
   swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
   return _tiling((8, 8 * swizzle // bits)), _swizzle(swizzle)
@@ -54,7 +54,7 @@ def smem(shape: tuple[int, ...], dtype: Any, swizzle: int | None = None) -> Any:
 
   Columns can be sliced in pieces of `swizzle` bytes.
   """
-  return plgpu.SMEM(shape, dtype, transforms=_transforms(shape, dtype, swizzle))
+  return plgpu.SMEM(shape, dtype, transforms=transforms_of(shape, dtype, swizzle))
 
 
 def whole_groups(x: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, threads: int = 
 
   ends = [first] if before is None else [first, before]
 
-  @_inline(arg_types=(plgpu.RefType(_transforms(ref.shape, ref.dtype)), *[plgpu.Layout.WG_SPLAT for _ in ends]))
+  @inline(arg_types=(plgpu.RefType(transforms_of(ref.shape, ref.dtype)), *[plgpu.Layout.WG_SPLAT for _ in ends]))
   def clear(_, ref, first, before=None):
     # Tiles of 8 rows lie one after the other, row by row; swizzling moves 16-byte pieces within a row only.
     i32, pieces = ir.IntegerType.get_signless(32), swizzle // 16
@@ -103,7 +103,7 @@ def zero_rows(ref: Any, first: jax.Array, before: Any = None, *, threads: int = 
   clear(ref, *ends)
 
 
-def _to_bf16(word: Any, dtype: str) -> list[Any]:
+def to_bf16(word: Any, dtype: str) -> list[Any]:
   """Four 8-bit numbers in an i32 as bf16, two in an i32."""
   i32 = ir.IntegerType.get_signless(32)
   constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
@@ -174,9 +174,7 @@ def keep(s: jax.Array, low: jax.Array | None, high: jax.Array | None, *, interpr
   ends = [(plgpu.layout_cast(x, ROW), predicate) for x, predicate in ends if x is not None]
   layout = plgpu.Layout.WGMMA
 
-  @_inline(
-    arg_types=(layout, *[ROW for _ in ends]), return_type=plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=layout)
-  )
+  @inline(arg_types=(layout, *[ROW for _ in ends]), return_type=plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=layout))
   def cut(_, s, *limits):
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     constant = mgpu.utils.c
@@ -208,7 +206,7 @@ def after(x: jax.Array) -> jax.Array:
   arithmetic holds the wait back, for it may not pass memory operations.
   """
 
-  @_inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+  @inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
   def zero(_, x):
     i32, bound = ir.IntegerType.get_signless(32), mgpu.utils.c(-1.0, ir.F32Type.get())
     below = [arith.cmpf(arith.CmpFPredicate.OLT, _scalar(r), bound) for r in x.registers.flat]
@@ -224,7 +222,7 @@ def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bo
     return out, out.sum(axis=1)
   layout = plgpu.Layout.WGMMA
 
-  @_inline(
+  @inline(
     arg_types=(layout, ROW),
     return_type=(
       plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=layout),
@@ -242,7 +240,7 @@ def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bo
       for element in range(2):
         x = vector.extract(register, dynamic_position=[], static_position=[element])
         x = llvm.intr_fma(x, scale, shifts[half])
-        values.append(_exp2(x))
+        values.append(exp2_of(x))
         chain = (index // 2 % 2) * 2 + element
         part = parts[half][chain]
         parts[half][chain] = values[-1] if part is None else arith.addf(part, values[-1])
@@ -264,11 +262,11 @@ def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.exp2(x)
   layout = plgpu.Layout.WGMMA
 
-  @_inline(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
+  @inline(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
   def compute(_, x):
     out = x.registers.copy()
     for index, register in enumerate(x.registers.flat):
-      values = [_exp2(vector.extract(register, dynamic_position=[], static_position=[i])) for i in range(2)]
+      values = [exp2_of(vector.extract(register, dynamic_position=[], static_position=[i])) for i in range(2)]
       out.flat[index] = vector.from_elements(register.type, values)
     return mgpu.FragmentedArray(_registers=out, _layout=x.layout, _is_signed=None)
 
@@ -281,7 +279,7 @@ def anew(x: jax.Array, *, interpret: bool) -> jax.Array:
     return x
   scalar = plgpu.Layout.WG_SPLAT
 
-  @_inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+  @inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
   def move(_, x):
     i32 = ir.IntegerType.get_signless(32)
     y = mgpu.utils.inline_ptx("mov.b32 $0, $1;", x.registers.item(), result_types=i32, has_side_effects=True)
@@ -296,16 +294,14 @@ def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.
     return _product(x, y) + z
   number, factors = (y, ()) if isinstance(y, float) else (0.0, (y,))
 
-  @_inline(
-    arg_types=(COLUMN,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=COLUMN)
-  )
+  @inline(arg_types=(COLUMN,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=COLUMN))
   def fma(_, x, z, y=None):
     registers = x.registers.copy()
     for i, register in enumerate(x.registers.flat):
-      factor = [mgpu.utils.c(number, ir.F32Type.get())] * 2 if y is None else _values(y.registers.flat[i])
-      of_columns = zip(_values(register), factor, _values(z.registers.flat[i]), strict=True)
+      factor = [mgpu.utils.c(number, ir.F32Type.get())] * 2 if y is None else values_of(y.registers.flat[i])
+      of_columns = zip(values_of(register), factor, values_of(z.registers.flat[i]), strict=True)
       registers.flat[i] = _register(register, [llvm.intr_fma(*values) for values in of_columns])
-    return _like(x, registers)
+    return as_registers(x, registers)
 
   return fma(x, z, *factors)
 
@@ -315,7 +311,7 @@ def total(sums: jax.Array, *, interpret: bool) -> jax.Array:
   if interpret:
     return sums
 
-  @_inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=ROW))
+  @inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=ROW))
   def add_lanes(_, sums):
     out = sums.registers.copy()
     for i, register in enumerate(sums.registers.flat):
@@ -333,7 +329,7 @@ def rescale(acc: jax.Array, alpha: jax.Array, *, interpret: bool) -> jax.Array:
   if interpret:
     return acc * across(alpha, acc)
 
-  @_inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+  @inline(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
   def any_below_one(_, alpha):
     i32, one = ir.IntegerType.get_signless(32), mgpu.utils.c(1.0, ir.F32Type.get())
     below = [arith.cmpf(arith.CmpFPredicate.OLT, _scalar(r), one) for r in alpha.registers.flat]
@@ -343,7 +339,7 @@ def rescale(acc: jax.Array, alpha: jax.Array, *, interpret: bool) -> jax.Array:
   return lax.cond(any_below_one(alpha) != 0, lambda: acc * across(alpha, acc), lambda: acc)
 
 
-def _exp2(x: Any) -> Any:
+def exp2_of(x: Any) -> Any:
   return mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
 
 
@@ -352,7 +348,7 @@ def _scalar(register: Any) -> Any:
   return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
-def _values(register: Any) -> list[Any]:
+def values_of(register: Any) -> list[Any]:
   """The elements of a register, a vector or one value."""
   if not isinstance(register.type, ir.VectorType):
     return [register]
@@ -364,7 +360,8 @@ def _register(like: Any, values: list[Any]) -> Any:
   return vector.from_elements(like.type, values) if isinstance(like.type, ir.VectorType) else values[0]
 
 
-def _like(x: Any, registers: Any) -> Any:
+def as_registers(x: Any, registers: Any) -> Any:
+  """An array of x's shape and layout that these registers hold."""
   return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
@@ -401,7 +398,7 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
     plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, column, column), strict=True)
   ]
 
-  @_inline(arg_types=(tile, column, column) * 2, return_type=tuple(shapes))
+  @inline(arg_types=(tile, column, column) * 2, return_type=tuple(shapes))
   def merge(_, acc, top, total, part, part_top, part_total):
     f32 = ir.F32Type.get()
     scale, zero, one, nothing = (mgpu.utils.c(x, f32) for x in (factor, 0.0, 1.0, float("-inf")))
@@ -410,15 +407,15 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
     weights = []
     for i, register in enumerate(top.registers.flat):
       now, sums = [], []
-      pairs = zip(*map(_values, (register, part_top.registers.flat[i])), strict=True)
-      both_sums = zip(*map(_values, (total.registers.flat[i], part_total.registers.flat[i])), strict=True)
+      pairs = zip(*map(values_of, (register, part_top.registers.flat[i])), strict=True)
+      both_sums = zip(*map(values_of, (total.registers.flat[i], part_total.registers.flat[i])), strict=True)
       weights.append([])
       for (old, new), (x, y) in zip(pairs, both_sums, strict=True):
         both = arith.maximumf(old, new)
         shift = arith.select(arith.cmpf(equal, both, nothing), zero, arith.mulf(both, scale))
         # The greater one's weight is 1, not 2 to what rounding left: folding with nothing changes nothing.
         old, new = (
-          arith.select(arith.cmpf(equal, z, both), one, _exp2(llvm.intr_fma(z, scale, arith.negf(shift))))
+          arith.select(arith.cmpf(equal, z, both), one, exp2_of(llvm.intr_fma(z, scale, arith.negf(shift))))
           for z in (old, new)
         )
         weights[-1].append((old, new))
@@ -426,9 +423,9 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
         sums.append(llvm.intr_fma(x, old, arith.mulf(y, new)))
       tops.flat[i], totals.flat[i] = _register(register, now), _register(register, sums)
     for i, register in enumerate(acc.registers.flat):
-      parts = zip(_values(register), _values(part.registers.flat[i]), _each(acc, 1, i, weights), strict=True)
+      parts = zip(values_of(register), values_of(part.registers.flat[i]), _each(acc, 1, i, weights), strict=True)
       accs.flat[i] = _register(register, [llvm.intr_fma(x, old, arith.mulf(y, new)) for x, y, (old, new) in parts])
-    return _like(acc, accs), _like(top, tops), _like(total, totals)
+    return as_registers(acc, accs), as_registers(top, tops), as_registers(total, totals)
 
   return merge(*state, *part)
 
@@ -455,7 +452,7 @@ def finish(state: tuple[Any, ...], sink: Any, factor: float, *, axis: int = 0, i
   tile, row = _layouts(state[0], axis)
   shapes = [plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, row), strict=False)]
 
-  @_inline(arg_types=(tile, row, row, *([] if sink is None else [row])), return_type=tuple(shapes))
+  @inline(arg_types=(tile, row, row, *([] if sink is None else [row])), return_type=tuple(shapes))
   def divide(_, acc, top, total, sink=None):
     f32 = ir.F32Type.get()
     scale, log2_e, zero = (mgpu.utils.c(x, f32) for x in (factor, LOG2_E, 0.0))
@@ -463,14 +460,14 @@ def finish(state: tuple[Any, ...], sink: Any, factor: float, *, axis: int = 0, i
     for i, register in enumerate(top.registers.flat):
       now = []
       weights.append([])
-      sinks = [None] * len(_values(register)) if sink is None else _values(sink.registers.flat[i])
-      for top_value, sum_value, s in zip(_values(register), _values(total.registers.flat[i]), sinks, strict=True):
+      sinks = [None] * len(values_of(register)) if sink is None else values_of(sink.registers.flat[i])
+      for top_value, sum_value, s in zip(values_of(register), values_of(total.registers.flat[i]), sinks, strict=True):
         scaled = mgpu.utils.c(1.0, f32)
         if s is not None:
           both = arith.maximumf(arith.mulf(top_value, scale), arith.mulf(s, log2_e))
           both = arith.maximumf(both, mgpu.utils.c(-1e30, f32))  # finite where a row sees nothing and has no sink
-          scaled = _exp2(llvm.intr_fma(top_value, scale, arith.negf(both)))
-          sum_value = llvm.intr_fma(sum_value, scaled, _exp2(llvm.intr_fma(s, log2_e, arith.negf(both))))
+          scaled = exp2_of(llvm.intr_fma(top_value, scale, arith.negf(both)))
+          sum_value = llvm.intr_fma(sum_value, scaled, exp2_of(llvm.intr_fma(s, log2_e, arith.negf(both))))
           lse = arith.addf(both, _approximate("lg2", sum_value))
         else:
           lse = llvm.intr_fma(top_value, scale, _approximate("lg2", sum_value))
@@ -479,10 +476,10 @@ def finish(state: tuple[Any, ...], sink: Any, factor: float, *, axis: int = 0, i
         weights[-1].append((scaled, arith.select(alive, _approximate("rcp", sum_value), zero)))
       lses.flat[i] = _register(register, now)
     for i, register in enumerate(acc.registers.flat):
-      pairs = zip(_values(register), _each(acc, axis, i, weights), strict=True)
+      pairs = zip(values_of(register), _each(acc, axis, i, weights), strict=True)
       values = [arith.mulf(x if sink is None else arith.mulf(x, scaled), inverse) for x, (scaled, inverse) in pairs]
       accs.flat[i] = _register(register, values)
-    return _like(acc, accs), _like(top, lses)
+    return as_registers(acc, accs), as_registers(top, lses)
 
   return divide(*state, *([] if sink is None else [sink]))
 
@@ -571,7 +568,7 @@ class Turn:
       pl.when(self.warpgroup == 0)(lambda: self._named("sync", jnp.int32(0)))
 
   def _named(self, operation: str, index: jax.Array) -> None:
-    @_inline(arg_types=(plgpu.Layout.WG_SPLAT,))
+    @inline(arg_types=(plgpu.Layout.WG_SPLAT,))
     def barrier(_, index):
       mgpu.utils.inline_ptx(f"bar.{operation} $0, 256;", index.registers[()], has_side_effects=True)
 
@@ -594,9 +591,9 @@ def begin_matmul(
   """
   in_registers, columns = isinstance(lhs, jax.Array), rhs.shape[1]
   shape = (lhs.shape[1 if transpose_lhs else 0], rhs.shape[0 if transpose_rhs else 1])
-  as_ref = lambda x: plgpu.RefType(_transforms(x.shape, x.dtype, swizzle))  # noqa: E731
+  as_ref = lambda x: plgpu.RefType(transforms_of(x.shape, x.dtype, swizzle))  # noqa: E731
 
-  @_inline(
+  @inline(
     arg_types=(plgpu.Layout.WGMMA if in_registers else as_ref(lhs), as_ref(rhs)),
     return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),
   )
@@ -654,7 +651,7 @@ def one_warp(body: Callable[[], None]) -> None:
 def meet(count: int) -> None:
   """Waits for `count` warpgroups to get here; wgmma of all then sees what each wrote to shared memory."""
 
-  @_inline()
+  @inline()
   def barrier(_):
     nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
     mgpu.utils.inline_ptx(f"bar.sync {Turn.FIRST_BARRIER}, {128 * count};", has_side_effects=True)
@@ -665,7 +662,7 @@ def meet(count: int) -> None:
 def wait_for(counter: Any, value: jax.Array) -> None:
   """Waits, in one warp, until the i32[1] counter in global memory is at least `value`."""
 
-  @_inline(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+  @inline(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
   def wait(_, counter, value):
     semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter))
     semaphore.wait(value.registers.item(), decrement=False, scope=mgpu.ThreadSubset.WARP, memory_scope="gpu")
@@ -677,7 +674,7 @@ def wait_for(counter: Any, value: jax.Array) -> None:
 def signal(counter: Any, increment: jax.Array) -> None:
   """Adds, from one warp, to an i32[1] counter in global memory; what this warp wrote by TMA and waited for is seen."""
 
-  @_inline(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+  @inline(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
   def add(_, counter, increment):
     mgpu.utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
     one = mgpu.utils.single_thread_predicate(mgpu.ThreadSubset.WARP)
@@ -708,7 +705,7 @@ class Rows(NamedTuple):
     return self.first + group * self.stride + r % self.group * self.step
 
   def traced(self) -> list[Any]:
-    """What `_place` takes as values."""
+    """What `place_of` takes as values."""
     indexed = [] if self.index is None else [self.index, self.at]
     return [self.first, self.count, *indexed, *([] if isinstance(self.skip, int) else [self.skip])]
 
@@ -717,7 +714,7 @@ class Rows(NamedTuple):
     return [plgpu.RefType() if x is self.index else plgpu.Layout.WG_SPLAT for x in self.traced()]
 
 
-def _place(rows: Rows, row: Any, first: Any, count: Any, *more: Any) -> tuple[Any, Any]:
+def place_of(rows: Rows, row: Any, first: Any, count: Any, *more: Any) -> tuple[Any, Any]:
   """(whether a row lies somewhere, X as i64); first, count and more are `rows.traced()` in registers."""
   index, skip = (None, more) if rows.index is None else (more[0], more[2:])
   i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
@@ -737,13 +734,13 @@ def _place(rows: Rows, row: Any, first: Any, count: Any, *more: Any) -> tuple[An
 
 
 def _places(rows: Rows, *traced: Any) -> list[tuple[Any, Any]]:
-  """`_place` of a thread's two rows of a wgmma tile."""
+  """`place_of` of a thread's two rows of a wgmma tile."""
   i32 = ir.IntegerType.get_signless(32)
   constant = lambda x: mgpu.utils.c(x, i32)  # noqa: E731
   thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
   warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
   top = arith.addi(arith.muli(warp, constant(16)), arith.divui(lane, constant(4)))
-  return [_place(rows, arith.addi(top, constant(8 * half)), *traced) for half in range(2)]  # rows r and r + 8
+  return [place_of(rows, arith.addi(top, constant(8 * half)), *traced) for half in range(2)]  # rows r and r + 8
 
 
 def _row_pointer(ref: Any, place: Any) -> Any:
@@ -766,7 +763,7 @@ def load_rows(ref: Any, rows: Rows, *, interpret: bool) -> jax.Array:
     return jnp.where(alive[:, None] if x.ndim == 2 else alive, x, 0)
   layout = plgpu.Layout.WGMMA if len(shape) == 2 else ROW
 
-  @_inline(
+  @inline(
     arg_types=(plgpu.RefType(), *rows.types()),
     return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
   )
@@ -799,7 +796,7 @@ def store_rows(ref: Any, rows: Rows, x: jax.Array, *, interpret: bool) -> None:
     return
   is_row = x.ndim == 1
 
-  @_inline(arg_types=(plgpu.RefType(), ROW if is_row else plgpu.Layout.WGMMA, *rows.types()))
+  @inline(arg_types=(plgpu.RefType(), ROW if is_row else plgpu.Layout.WGMMA, *rows.types()))
   def store(_, ref, x, *traced):
     i32, element = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type).element_type
     places = _places(rows, *traced)
@@ -855,7 +852,7 @@ def copy_rows(ref: Any, rows: Rows, tile: Any, *, num_threads: int, turned: bool
     return
   swizzle = plgpu.find_swizzle(tile.shape[1] * 16)
 
-  @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(_transforms(tile.shape, tile.dtype)), *rows.types()))
+  @inline(arg_types=(plgpu.RefType(), plgpu.RefType(transforms_of(tile.shape, tile.dtype)), *rows.types()))
   def copy(_, ref, to, *traced):
     # As in `zero_rows`; swizzling exchanges the 16-byte pieces of a row: piece p of row r comes to p ^ r, modulo 8.
     assert swizzle == 128
@@ -872,7 +869,7 @@ def copy_rows(ref: Any, rows: Rows, tile: Any, *, num_threads: int, turned: bool
     for index in range(cdiv(count, num_threads)):
       piece = arith.addi(thread, constant(num_threads * index))
       row, column = arith.divui(piece, constant(pieces)), arith.remui(piece, constant(pieces))
-      alive, place = _place(rows, row, *traced)
+      alive, place = place_of(rows, row, *traced)
       place = arith.muli(arith.select(alive, place, safe), mgpu.utils.c(size * pieces, i64))
       place = arith.addi(place, arith.extui(i64, arith.muli(column, constant(size))))
       inside = constant(0)
@@ -905,7 +902,7 @@ def publish(*, interpret: bool) -> None:
     plgpu.commit_smem()
     return
 
-  @_inline()
+  @inline()
   def fence(_):
     nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
@@ -923,7 +920,7 @@ def fill_rows(ref: Any, first: Any, count: Any, value: float, *, interpret: bool
     return
   scalar = plgpu.Layout.WG_SPLAT
 
-  @_inline(arg_types=(plgpu.RefType(), scalar, scalar))
+  @inline(arg_types=(plgpu.RefType(), scalar, scalar))
   def fill(_, ref, first, count):
     i32, i64, memref = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
     constant = lambda x: mgpu.utils.c(x, i64)  # noqa: E731
@@ -949,7 +946,7 @@ def fill_rows(ref: Any, first: Any, count: Any, value: float, *, interpret: bool
 def thread() -> jax.Array:
   """i32, this thread's index in its warpgroup."""
 
-  @_inline(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+  @inline(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
   def index(_):
     i32 = ir.IntegerType.get_signless(32)
     return mgpu.FragmentedArray.splat(arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(128, i32)), (), is_signed=True)
@@ -961,7 +958,7 @@ def over_warp(operation: str, x: jax.Array) -> jax.Array:
   """The i32 scalars of the 32 lanes of a warp reduced by "add" or "max", or before each lane's the sum ("before")."""
   scalar = plgpu.Layout.WG_SPLAT
 
-  @_inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+  @inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
   def reduce(_, x):
     i32 = ir.IntegerType.get_signless(32)
     value, constant = x.registers.item(), lambda x: mgpu.utils.c(x, i32)
@@ -985,7 +982,7 @@ def of_lane(x: jax.Array, lane: int) -> jax.Array:
   """The i32 scalar x of one lane of a warp, in all of them."""
   scalar = plgpu.Layout.WG_SPLAT
 
-  @_inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+  @inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
   def shuffle(_, x):
     i32, text = ir.IntegerType.get_signless(32), f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"
     value = mgpu.utils.inline_ptx(text, x.registers.item(), result_types=i32, has_side_effects=True, convergent=True)
@@ -999,7 +996,7 @@ def store_value(ref: Any, row: Any, column: Any, x: jax.Array, where: Any) -> No
   scalar = plgpu.Layout.WG_SPLAT
   places = [row] if column is None else [row, column]
 
-  @_inline(arg_types=(plgpu.RefType(), scalar, scalar, *[scalar for _ in places]))
+  @inline(arg_types=(plgpu.RefType(), scalar, scalar, *[scalar for _ in places]))
   def store(_, ref, x, where, row, column=None):
     i64, memref = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
     place = arith.extsi(i64, row.registers.item())

@@ -37,7 +37,7 @@ def start(barriers: list[Any], readers: int) -> None:
   A tile is read by `readers` warpgroups. Not in the interpreter.
   """
 
-  @mosaic._inline(arg_types=tuple(_REF for _ in barriers))
+  @mosaic.inline(arg_types=tuple(_REF for _ in barriers))
   def make(_, *barriers):
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     is_first = mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.BLOCK)
@@ -81,7 +81,7 @@ class Ring:
     index = self.slot(i) + (self.tiles.shape[0] if is_empty else 0)
     parity = lax.rem(lax.div(i, jnp.int32(self.stages)), jnp.int32(2))
 
-    @mosaic._inline(arg_types=(_REF, _SCALAR, _SCALAR))
+    @mosaic.inline(arg_types=(_REF, _SCALAR, _SCALAR))
     def wait(_, ref, index, parity):
       ticks = mgpu.utils.c(10_000_000, ir.IntegerType.get_signless(32))
       nvvm.mbarrier_try_wait_parity(_barrier(ref, index.registers.item()), parity.registers.item(), ticks)
@@ -102,7 +102,7 @@ class Ring:
       plgpu.barrier_arrive(self.barriers[1].at[self.slot(i)])
       return
 
-    @mosaic._inline(arg_types=(_REF, _SCALAR))
+    @mosaic.inline(arg_types=(_REF, _SCALAR))
     def arrive(_, ref, index):
       nvvm.bar_warp_sync(mgpu.utils.c(0xFFFFFFFF, ir.IntegerType.get_signless(32)))
       is_one = mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.WARP)
@@ -135,9 +135,9 @@ class Ring:
         plgpu.copy_gmem_to_smem(gmem.at[page_id, pl.ds(first_row, rows), head], place, full)
       return
     tile = self.tile(i)
-    transforms = mosaic._transforms(tile.shape, tile.dtype)
+    transforms = mosaic.transforms_of(tile.shape, tile.dtype)
 
-    @mosaic._inline(arg_types=(_REF, plgpu.RefType(transforms), _REF, *[_SCALAR] * 4))
+    @mosaic.inline(arg_types=(_REF, plgpu.RefType(transforms), _REF, *[_SCALAR] * 4))
     def copy(context, gmem, tile, ref, index, page_id, first_row, head):
       i32, as_index = ir.IntegerType.get_signless(32), lambda x: arith.index_cast(ir.IndexType.get(), x)
       swizzle, memref = transforms[1].swizzle, ir.MemRefType(tile.type)
