@@ -24,9 +24,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from paged_flash.kernels import mosaic
-from paged_flash.kernels.mosaic import ACC, COLUMN, ROW, Rows, across, down
+from paged_flash.kernels.mosaic import ACC, COLUMN, ROW, WARPS, Rows, across, down
 
-WARPS = 4  # of a warpgroup
 TILE = plgpu.Layout.WGMMA
 
 

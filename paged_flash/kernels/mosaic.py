@@ -26,6 +26,7 @@ _tiling: Any = plgpu.TilingTransform  # abstract for a type checker, not when ca
 _swizzle: Any = plgpu.SwizzleTransform
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+WARPS = 4  # of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a wgmma tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for each column
 

@@ -16,9 +16,9 @@ first on are folded in registers, and written if they are all; of a sequence tha
 before it make one part, and each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
 
 Chunks that several sequences share (`shared_prefixes`) are computed for all of them at once: a unit of sequences is
-one more sequence on the line, whose rows are their queries, and its parts are theirs. Their own chunks are a part each.
-The fold is the same, so is every bit. A cascade that merges prefix and rest by LSE (FlashInfer, Ye et al. 2024) reads
-as little, but its results depend on who shares what.
+one more sequence on the line, whose columns are their queries, and its parts are theirs. Their own chunks are a part
+each. The fold is the same, so is every bit. A cascade that merges prefix and rest by LSE (FlashInfer, Ye et al. 2024)
+reads as little, but its results depend on who shares what.
 
 Sequences of one query token have tiles of as few columns as these want, whoever else is there; those of several tokens,
 and units, have wider ones.
@@ -45,7 +45,7 @@ from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, Rows, cdiv, divide, 
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
 from paged_flash.kernels.rings_sm90 import Ring
 
-ROWS = 64  # of queries at most, columns of a tile
+MOST_COLUMNS = 64  # of a tile: query heads of a KV head, for some query tokens
 CHUNK = 512  # tokens of a chunk, at least
 ENOUGH_ITEMS = 256  # of one sequence: they occupy a GPU
 ENOUGH_LANES = 128  # that fetch at the same time: they read almost as fast as memory can
@@ -83,14 +83,14 @@ def make_chunks(problem: PagedProblem, block_kv: int) -> Chunks:
 
 def max_tokens(problem: PagedProblem) -> int:
   """The most query tokens that a sequence may have here: as many as their heads fit a tile."""
-  return ROWS * problem.num_kv_heads // problem.num_heads
+  return MOST_COLUMNS * problem.num_kv_heads // problem.num_heads
 
 
 def has_units(problem: PagedProblem, chunks: Chunks) -> bool:
   """Whether sequences that share pages may be computed together (`Units`)."""
   p = problem
   can_share = p.has_prefixes and p.window is None and p.batch > 1
-  return can_share and chunks.max_count > 1 and 2 * p.num_heads <= ROWS * p.num_kv_heads
+  return can_share and chunks.max_count > 1 and 2 * p.num_heads <= MOST_COLUMNS * p.num_kv_heads
 
 
 def tile_columns(problem: PagedProblem, chunks: Chunks) -> tuple[int, ...]:
@@ -98,14 +98,14 @@ def tile_columns(problem: PagedProblem, chunks: Chunks) -> tuple[int, ...]:
   p = problem
   group = p.num_heads // p.num_kv_heads
   few, most = (8 * cdiv(group * tokens, 8) for tokens in (1, min(p.max_query_len, max_tokens(p))))
-  most = ROWS if has_units(p, chunks) else most
+  most = MOST_COLUMNS if has_units(p, chunks) else most
   return (few,) if few == most else (few, most)
 
 
 class Units(NamedTuple):
-  """Sequences that share leading chunks, together: their queries are the rows of one tile, and K and V are read once.
+  """Sequences that share leading chunks, together: their queries are columns of one tile, and K and V are read once.
 
-  A chunk's result in a row depends on nothing but the row's query, so that sharing changes no bit.
+  A chunk's result in a column depends on nothing but the column's query, so that sharing changes no bit.
   """
 
   leads: Any  # i32[U], a sequence of each unit
@@ -124,7 +124,7 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
   """
   p = problem
   group = p.num_heads // p.num_kv_heads
-  most, num_units = ROWS // group, p.batch // 2
+  most, num_units = MOST_COLUMNS // group, p.batch // 2
   if not has_units(p, chunks):
     return None
   assert operands.leaders is not None and operands.shared_pages is not None
@@ -144,7 +144,7 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
   lead = jnp.min(jnp.where(alike & (place == first[:, None]), index, p.batch), 1)  # the first of its unit
   is_lead = (shared > 0) & (lead == index)
   of = jnp.where(shared > 0, jnp.sum(is_lead & (index < lead[:, None]), 1, dtype=jnp.int32), -1)
-  width = cdiv(ROWS, group)
+  width = cdiv(MOST_COLUMNS, group)
   rows = chunks.max_count * p.num_kv_heads * min(p.max_query_len, max_tokens(p))
 
   def look_up(keys, count, *values):
@@ -322,10 +322,10 @@ def forward(
   store = functools.partial(columns_sm90.store, turned=p.has_scales, interpret=is_interpreted)
   units = make_units(p, chunks, block_kv, operands)
   num_units = 0 if units is None else units.leads.size
-  width = cdiv(ROWS, group)  # of a row of units.tokens
+  width = cdiv(MOST_COLUMNS, group)  # of a row of units.tokens
   look = functools.partial(sequence, p, chunks, block_kv)
   # Two accumulators of head_dim 128 and 64 columns are more than the registers of a warpgroup.
-  is_folded = chunks.max_count > 1 and D * sizes[0] <= 64 * ROWS
+  is_folded = chunks.max_count > 1 and D * sizes[0] <= 64 * MOST_COLUMNS
 
   def is_wide(s):
     """Whether a sequence or unit wants the second size of tiles, whose chunks are a part each."""
@@ -462,7 +462,7 @@ def forward(
     def compute(lane):
       k_ring, v_ring = rings_of(lane)
       # On a CPU a column's rounding hangs on how many there are.
-      few, *more = (ROWS,) * len(sizes) if is_interpreted else sizes
+      few, *more = (MOST_COLUMNS,) * len(sizes) if is_interpreted else sizes
 
       def one_chunk(b, s, mine, head, chunk, carry):
         run = functools.partial(some_columns, b, s, mine, head, chunk)
@@ -493,7 +493,7 @@ def forward(
         def cut(scores, column):
           """-inf where a query does not see a key: query token i sees [i + offset - window, i + offset]."""
           key = column + plgpu.broadcasted_iota(jnp.int32, (block_kv,), 0, layout=ROW)
-          first = jnp.where(key < s.kv_len, (key - s.offset) * group, ROWS)
+          first = jnp.where(key < s.kv_len, (key - s.offset) * group, MOST_COLUMNS)
           past = None if p.window is None else (key - s.offset + (p.window + 1)) * group
           return mosaic.keep(scores, first, past, interpret=is_interpreted)
 
@@ -604,7 +604,7 @@ def forward(
       over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing(few) if is_folded else ())))
 
     if not is_interpreted:
-      rings_sm90.start([k_barriers, v_barriers], readers=1)
+      rings_sm90.start(k_barriers, v_barriers)
 
     @pl.when(warpgroup < lanes)
     def _():
@@ -694,14 +694,14 @@ def forward(
   rows_per_block = max(1, THREADS // D)
   # Where there can be long chunks too, hardly any block would have rows but those of the first token.
   row_blocks = cdiv(max_rows if p.max_query_len <= max_tokens(p) else group, rows_per_block)
-  columns = ROWS if is_interpreted else sizes[-1]
+  columns = MOST_COLUMNS if is_interpreted else sizes[-1]
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
   scratch = [
     mosaic.smem((lanes, columns, D), dtype),  # queries
     mosaic.smem((lanes, columns, block_kv), dtype),  # probabilities
     *(mosaic.smem((lanes * stages, block_kv, D), operands.k_pages.dtype) for _ in range(2)),
-    plgpu.SMEM((lanes, columns_sm90.WARPS, columns), jnp.float32),
+    plgpu.SMEM((lanes, mosaic.WARPS, columns), jnp.float32),
     *(rings_sm90.scratch(lanes * stages, tile_pages, interpret=is_interpreted) for _ in range(2)),
   ]
   if p.has_scales:  # of two tiles

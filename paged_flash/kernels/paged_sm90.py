@@ -29,7 +29,7 @@ def supports(problem: Problem, stage: str = "forward") -> str:
     return f"it wants head_dim 64, 128 or 256, not {p.head_dim}"
   if p.page_size not in (8, 16, 32, 64, 128, 256):
     return f"it wants a page_size that is a power of two from 8 to 256, not {p.page_size}"
-  if p.num_heads // p.num_kv_heads > paged_decode_sm90.ROWS:
+  if p.num_heads // p.num_kv_heads > paged_decode_sm90.MOST_COLUMNS:
     return f"it wants at most 64 query heads for each KV head, not {p.num_heads // p.num_kv_heads}"
   most = paged_decode_sm90.max_tokens(p)
   if p.has_scales and p.max_query_len > most:

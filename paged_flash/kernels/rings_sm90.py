@@ -19,7 +19,6 @@ from jaxlib.mlir.dialects import arith, gpu, nvvm
 
 from paged_flash.kernels import mosaic
 
-WARPS = 4  # of a warpgroup
 _SCALAR = plgpu.Layout.WG_SPLAT
 _REF = plgpu.RefType()
 
@@ -31,10 +30,10 @@ def scratch(count: int, tile_pages: int, *, interpret: bool) -> Any:
   return plgpu.SMEM((4 * count,), jnp.int32)  # 8 bytes each: the full ones, then the empty ones
 
 
-def start(barriers: list[Any], readers: int) -> None:
+def start(*barriers: Any) -> None:
   """Makes the barriers of all rings ready, before any is used; all threads of a block call it.
 
-  A tile is read by `readers` warpgroups. Not in the interpreter.
+  A tile is read by one warpgroup. Not in the interpreter.
   """
 
   @mosaic.inline(arg_types=tuple(_REF for _ in barriers))
@@ -45,7 +44,7 @@ def start(barriers: list[Any], readers: int) -> None:
       count = ir.MemRefType(ref.type).shape[0] // 4
       base = mgpu.utils.memref_ptr(ref)
       for n in range(2 * count):
-        arrivals = mgpu.utils.c(1 if n < count else WARPS * readers, i32)
+        arrivals = mgpu.utils.c(1 if n < count else mosaic.WARPS, i32)
         nvvm.mbarrier_init(mgpu.utils.getelementptr(base, [n], i64), arrivals, predicate=is_first)
     nvvm.fence_mbarrier_init()
     gpu.barrier()
