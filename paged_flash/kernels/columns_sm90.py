@@ -12,6 +12,7 @@ memory. For scores it does not matter but must be that of the queries as well (`
 O^T are put back by whoever stores them (`store`, `turned`).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -73,8 +74,11 @@ def _by_group(x: Any) -> list[list[Any]]:
   return [[flat[m, j, half] for m in range(rows) for half in range(2)] for j in range(groups)]
 
 
-def _over_warps(values: list[Any], combine: Any, scratch: Any) -> list[Any]:
-  """Combines each thread's values, two columns of 8 after two, over the warpgroup; scratch f32[WARPS, N]."""
+def _over_warps(values: list[Any], combine: Any, scratch: Any) -> Any:
+  """Combines each thread's values, two columns of 8 after two, over the warpgroup; scratch f32[WARPS, N].
+
+  Returns a function of the number of 8 columns: this thread's two of them. They wait in the scratch, not in registers.
+  """
   warp, r, c = _thread()
   f32, num_columns = ir.F32Type.get(), 4 * len(values)
   for distance in (4, 8, 16):
@@ -87,13 +91,14 @@ def _over_warps(values: list[Any], combine: Any, scratch: Any) -> list[Any]:
       place = mgpu.utils.getelementptr(mine, [8 * j], f32)
       llvm.store(vector.from_elements(pair, values[2 * j : 2 * j + 2]), place)
   mgpu.utils.warpgroup_barrier()
-  base, values = mgpu.utils.getelementptr(base, [first], f32), []
-  for j in range(num_columns // 8):
-    of_warps = [
-      _columns(llvm.load(pair, mgpu.utils.getelementptr(base, [num_columns * w + 8 * j], f32))) for w in range(WARPS)
-    ]
-    values += [combine(combine(a, b), combine(c, d)) for a, b, c, d in zip(*of_warps, strict=True)]
-  return values
+  base = mgpu.utils.getelementptr(base, [first], f32)
+
+  def combined(j):
+    places = [mgpu.utils.getelementptr(base, [num_columns * w + 8 * j], f32) for w in range(WARPS)]
+    of_warps = [_columns(llvm.load(pair, place)) for place in places]
+    return [combine(combine(a, b), combine(c, d)) for a, b, c, d in zip(*of_warps, strict=True)]
+
+  return combined
 
 
 def _column_type(num_columns: int) -> Any:
@@ -109,64 +114,99 @@ def _as_columns(values: list[Any]) -> Any:
   return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def maximum(s: jax.Array, scratch: Any, *, interpret: bool) -> jax.Array:
-  """The greatest of each column of s [M, N]. The warpgroup has passed a barrier since it last used the scratch."""
+def softmax_step(
+  s: jax.Array, state: tuple[jax.Array, ...], factor: float, scratch: Any, *, masked: bool, interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """One step of online softmax (Milakov and Gimelshein 2018): of scores s [M, N], more rows of each column.
+
+  Args:
+    s: f32[M, N], not yet multiplied by `factor`.
+    state: (acc f32[D, N], greatest score f32[N], sums f32[N]); sums are those of a thread's rows, see `total`.
+    factor: What scores are multiplied by.
+    scratch: f32[WARPS, N] in shared memory. The warpgroup has passed a barrier since it last used it.
+    masked: Whether all scores of a column may be -inf.
+
+  Returns:
+    P = 2 ** (factor s - factor greatest), and the state with acc and sums of before at the new scale.
+
+  A column's bits must depend neither on the program around, hence fmas that no compiler chooses, nor on the columns
+  beside it: where the greatest score stays, acc and sums do, exactly.
+  """
+  acc, top, total = state
   if interpret:
-    return s.max(axis=0)
+    new_top = jnp.maximum(top, s.max(axis=0))
+    shift = new_top * factor
+    shift = jnp.where(new_top == -jnp.inf, 0.0, shift) if masked else shift
+    alpha = jnp.exp2(mosaic.multiply_add(top, factor, -shift, interpret=True))
+    alpha = jnp.where(new_top > top, alpha, 1.0)
+    prob = jnp.exp2(s * factor - down(shift, s))
+    total = mosaic.multiply_add(total, alpha, prob.sum(axis=0), interpret=True)
+    return prob, (acc * down(alpha, acc), new_top, total)
+  num_columns = s.shape[1]
+  types = s, acc, *[_column_type(num_columns)] * 2
 
-  @mosaic.inline(arg_types=(TILE, plgpu.RefType()), return_type=_column_type(s.shape[1]))
-  def compute(_, s, scratch):
-    values = []
+  @mosaic.inline(
+    arg_types=(TILE, TILE, COLUMN, COLUMN, plgpu.RefType()),
+    return_type=tuple(
+      plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=y)
+      for x, y in zip(types, (TILE, TILE, COLUMN, COLUMN), strict=True)
+    ),
+  )
+  def compute(_, s, acc, top, total, scratch):
+    f32 = ir.F32Type.get()
+    zero, one, scale, nothing = (mgpu.utils.c(x, f32) for x in (0.0, 1.0, factor, float("-inf")))
+    greatest = []
     for registers in _by_group(s):
-      for rows in zip(*map(_columns, registers), strict=True):
-        top = rows[0]
-        for x in rows[1:]:
-          top = arith.maximumf(top, x)
-        values.append(top)
-    return _as_columns(_over_warps(values, arith.maximumf, scratch))
+      for column in zip(*map(_columns, registers), strict=True):
+        greatest.append(functools.reduce(arith.maximumf, column))
+    combined = _over_warps(greatest, arith.maximumf, scratch)
+    s_out, acc_out, tops, totals = s.registers.copy(), acc.registers.copy(), [], []
+    # Eight columns after eight: a wide tile's maxima, shifts and factors all at once are more than registers hold.
+    for j, (old_top, old_total) in enumerate(zip(top.registers.flat, total.registers.flat, strict=True)):
+      columns = []
+      for before, here, old in zip(_columns(old_top), combined(j), _columns(old_total), strict=True):
+        new = arith.maximumf(before, here)
+        shift = arith.mulf(new, scale)
+        if masked:
+          shift = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, new, nothing), zero, shift)
+        minus = arith.negf(shift)
+        alpha = mosaic.exp2_of(llvm.intr_fma(before, scale, minus))
+        alpha = arith.select(arith.cmpf(arith.CmpFPredicate.OGT, new, before), alpha, one)
+        columns.append((new, minus, alpha, old))
+      sums = [None, None]
+      for place in np.ndindex(s_out.shape):
+        if place[1] != j:
+          continue
+        values = [
+          mosaic.exp2_of(llvm.intr_fma(x, scale, minus))
+          for x, (_, minus, _, _) in zip(_columns(s_out[place]), columns, strict=True)
+        ]
+        sums = [x if y is None else arith.addf(y, x) for x, y in zip(values, sums, strict=True)]
+        s_out[place] = vector.from_elements(s_out[place].type, values)
+      alphas = vector.from_elements(old_top.type, [alpha for _, _, alpha, _ in columns])
+      for place in np.ndindex(acc_out.shape):
+        if place[1] == j:
+          acc_out[place] = arith.mulf(acc_out[place], alphas)
+      tops += [new for new, *_ in columns]
+      totals += [llvm.intr_fma(old, alpha, x) for (_, _, alpha, old), x in zip(columns, sums, strict=True)]
+    return mosaic.as_registers(s, s_out), mosaic.as_registers(acc, acc_out), _as_columns(tops), _as_columns(totals)
 
-  return compute(s, scratch)
+  prob, *state = compute(s, acc, top, total, scratch)
+  return prob, tuple(state)
 
 
 def total(sums: jax.Array, scratch: Any, *, interpret: bool) -> jax.Array:
-  """Finishes the sums of `exponentials` over the threads that share a column; scratch as for `maximum`."""
+  """Finishes the sums of `softmax_step` over the threads that share a column; scratch as there."""
   if interpret:
     return sums
 
   @mosaic.inline(arg_types=(COLUMN, plgpu.RefType()), return_type=_column_type(sums.shape[0]))
   def compute(_, sums, scratch):
     values = [x for register in sums.registers.flat for x in _columns(register)]
-    return _as_columns(_over_warps(values, arith.addf, scratch))
+    combined = _over_warps(values, arith.addf, scratch)
+    return _as_columns([x for j in range(len(values) // 2) for x in combined(j)])
 
   return compute(sums, scratch)
-
-
-def exponentials(s: jax.Array, factor: float, shift: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
-  """2 ** (factor s - shift), shift one per column, and its sums over a thread's rows: `total` finishes them."""
-  if interpret:
-    out = jnp.exp2(s * factor - down(shift, s))
-    return out, out.sum(axis=0)
-
-  @mosaic.inline(
-    arg_types=(TILE, COLUMN),
-    return_type=(plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=TILE), _column_type(s.shape[1])),
-  )
-  def compute(_, s, shift):
-    scale = mgpu.utils.c(factor, ir.F32Type.get())
-    shifts = [[arith.negf(x) for x in _columns(register)] for register in shift.registers.flat]
-    rows, groups = s.registers.shape[:2]
-    registers = s.registers.copy()
-    flat, sums = registers.reshape(rows, groups, 2), [None] * (2 * groups)
-    for m, j, half in np.ndindex(rows, groups, 2):
-      register = flat[m, j, half]
-      values = [mosaic.exp2_of(llvm.intr_fma(x, scale, y)) for x, y in zip(_columns(register), shifts[j], strict=True)]
-      flat[m, j, half] = vector.from_elements(register.type, values)
-      for e, x in enumerate(values):
-        before = sums[2 * j + e]
-        sums[2 * j + e] = x if before is None else arith.addf(before, x)
-    return mosaic.as_registers(s, registers), _as_columns(sums)
-
-  return compute(s, shift)
 
 
 def put(x: jax.Array, tile: Any, *, interpret: bool) -> None:

@@ -14,7 +14,8 @@ leaves when the warpgroups meet in the next one: two warps add its tiles in turn
 
 What a step costs whatever its size weighs most for head_dim 64. There a step may take 128 queries (`block_q`), which
 come, are waited for, and leave together; all but dQ is computed for one half of them after the other, since registers
-do not hold the scores of both. Each warpgroup computes dQ of one half.
+do not hold the scores of both. Each warpgroup computes dQ of one half, in the step after: by then the other's dS^T is
+there, and neither waits for it.
 
 Above head_dim 128 the registers hold dK and dV of 64 keys only, and the two warpgroups differ (`compute_role`): one
 computes S^T, P^T and dV, the other dP^T, dS^T and dK, and each one part of dQ's columns, which are added apart, with a
@@ -557,9 +558,13 @@ def backward(
             plgpu.wgmma_wait(1)  # S^T
             return next_s
 
+          def take(n):
+            """dS^T of the n-th step is there, and nobody reads that of the step before."""
+            mosaic.named("sync", 2 - warpgroup + 2 * other(n))
+
           def visit_halves(n, s):
             """As `visit`, of two halves of the step's queries: the tensor cores work for one while P^T or dS^T of the
-            other is computed."""
+            other is computed. dQ is a step late: nobody waits for the other warpgroup's dS^T."""
             at, (_, tile) = slot(done + n), walk.head_and_tile(work, n)
             (q, next_q), (do, next_do) = ([x.at[at, queries_of(i)] for i in range(2)] for x in (q_smem, do_smem))
             plgpu.barrier_wait(do_full.at[at])
@@ -572,21 +577,24 @@ def backward(
             ds = score_gradient(prob, slope, dp, at)
             next_dp = mosaic.begin_scores(v(), next_do)
             plgpu.wgmma(dk, ds, q)
+            pl.when(n > 0)(lambda: take(n - 1))
+            pl.when(n > 1)(lambda: plgpu.barrier_arrive(dq_full.at[other(n)]))
             put_ds(n, ds)
-            plgpu.wgmma_wait(3)  # S^T of the second half
+            dq = begin_dq(n + 1)  # of the step before, which has the same buffer; of nothing in the first
+            plgpu.wgmma_wait(4)  # S^T of the second half
             s, slope = masked_scores(next_s, work, tile, at, first_key, own, 1)
             prob = probabilities(s, at, 1)
             plgpu.wgmma(dv, prob.astype(dtype), next_do)
-            plgpu.wgmma_wait(2)  # dP^T, and dV of the first half
+            plgpu.wgmma_wait(3)  # dP^T, and dV of the first half
             ds = score_gradient(prob, slope, next_dp, at, 1)
             plgpu.wgmma(dk, ds, next_q)
             put_ds(n, ds, 1)
-            share(n)
-            dq = begin_dq(n)
             next_s = begin_next_s(n)
-            plgpu.wgmma_wait(1)  # dV, dK, dQ
+            plgpu.wgmma_wait(3)  # dQ
+            pl.when(n > 0)(lambda: put_dq(n - 1, dq))
+            mosaic.named("arrive", 1 + warpgroup + 2 * other(n), publish=True)  # 0 is of `everybody`
+            plgpu.wgmma_wait(1)  # dV, dK
             plgpu.barrier_arrive(do_empty.at[at])
-            put_dq(n, dq)
             plgpu.wgmma_wait(0)  # S^T
             release_query(n)
             return next_s
@@ -596,6 +604,13 @@ def backward(
             s_before = begin_s(0)
             plgpu.wgmma_wait(0)
           lax.fori_loop(0, work.steps, visit if halves == 1 else visit_halves, s_before)
+          if halves == 2:
+            last = work.steps - 1
+            take(last)
+            pl.when(last > 0)(lambda: plgpu.barrier_arrive(dq_full.at[other(last + 1)]))
+            dq = begin_dq(last)
+            plgpu.wgmma_wait(0)
+            put_dq(last, dq)
           if halves == 1:
             plgpu.wgmma_wait(0)  # dK
             release_query(work.steps - 1)

@@ -27,6 +27,7 @@ _swizzle: Any = plgpu.SwizzleTransform
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 WARPS = 4  # of a warpgroup
+FIRST_BARRIER = 8  # of the named barriers; Mosaic takes the low ids
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a wgmma tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for each column
 
@@ -542,10 +543,8 @@ class Turn:
 
   Nothing depends on it but speed, so the interpreter leaves it out. `pass_on` hands the turn to the next warpgroup,
   `wait` waits for it; both must be called equally often by all. Named barriers (PTX bar.arrive and bar.sync) are used,
-  which are cheaper than barriers in memory. Mosaic takes the low ids.
+  which are cheaper than barriers in memory.
   """
-
-  FIRST_BARRIER = 8
 
   def __init__(self, warpgroup: jax.Array, count: int, *, interpret: bool):
     self.warpgroup, self.count, self.off = warpgroup, count, interpret or count == 1
@@ -553,27 +552,20 @@ class Turn:
   def start(self) -> None:
     """Gives the first turn to warpgroup 0; every warpgroup calls it once."""
     if not self.off:
-      pl.when(self.warpgroup == self.count - 1)(lambda: self._named("arrive", jnp.int32(0)))
+      pl.when(self.warpgroup == self.count - 1)(lambda: named("arrive", jnp.int32(0)))
 
   def wait(self) -> None:
     if not self.off:
-      self._named("sync", self.warpgroup)
+      named("sync", self.warpgroup)
 
   def pass_on(self) -> None:
     if not self.off:
-      self._named("arrive", lax.rem(self.warpgroup + 1, jnp.int32(self.count)))
+      named("arrive", lax.rem(self.warpgroup + 1, jnp.int32(self.count)))
 
   def finish(self) -> None:
     """Takes the turn that nobody waits for; every warpgroup calls it once, after its last `pass_on`."""
     if not self.off:
-      pl.when(self.warpgroup == 0)(lambda: self._named("sync", jnp.int32(0)))
-
-  def _named(self, operation: str, index: jax.Array) -> None:
-    @inline(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def barrier(_, index):
-      mgpu.utils.inline_ptx(f"bar.{operation} $0, 256;", index.registers[()], has_side_effects=True)
-
-    barrier(index + self.FIRST_BARRIER)
+      pl.when(self.warpgroup == 0)(lambda: named("sync", jnp.int32(0)))
 
 
 def begin_scores(query: Any, key: Any, *, swizzle: int | None = None) -> jax.Array:
@@ -655,9 +647,24 @@ def meet(count: int) -> None:
   @inline()
   def barrier(_):
     nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
-    mgpu.utils.inline_ptx(f"bar.sync {Turn.FIRST_BARRIER}, {128 * count};", has_side_effects=True)
+    mgpu.utils.inline_ptx(f"bar.sync {FIRST_BARRIER}, {128 * count};", has_side_effects=True)
 
   barrier()
+
+
+def named(operation: str, index: jax.Array, *, publish: bool = False) -> None:
+  """Two warpgroups at one of some named barriers: who says "arrive" goes on, and who says "sync" waits for the other.
+
+  `publish`: what the warpgroup wrote to shared memory may be multiplied and may leave once the other has waited.
+  """
+
+  @inline(arg_types=(plgpu.Layout.WG_SPLAT,))
+  def barrier(_, index):
+    if publish:
+      nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+    mgpu.utils.inline_ptx(f"bar.{operation} $0, 256;", index.registers.item(), has_side_effects=True)
+
+  barrier(index + FIRST_BARRIER)
 
 
 def wait_for(counter: Any, value: jax.Array) -> None:

@@ -41,7 +41,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import columns_sm90, mosaic, rings_sm90
-from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, Rows, cdiv, divide, down
+from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, Rows, cdiv, divide
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
 from paged_flash.kernels.rings_sm90 import Ring
 
@@ -471,8 +471,14 @@ def forward(
 
       def some_columns(b, s, mine, head, chunk, columns, is_folded, carry):
         done, *state = carry
-        q_tile, p_tile = (x.at[lane, pl.ds(0, columns)] if more else x.at[lane] for x in (q_smem, p_smem))
-        over_warps = warps_smem.at[lane]
+
+        def of_lane(x):
+          """The lane's part, found anew: what dozens of products want to know of its place is not kept in registers."""
+          return x.at[mosaic.anew(lane, interpret=is_interpreted)]
+
+        def columns_of(x):
+          return of_lane(x).at[pl.ds(0, columns)] if more else of_lane(x)
+
         low, high = chunk_tiles(s, chunk)
         rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
         if units is not None:
@@ -487,7 +493,9 @@ def forward(
         plgpu.commit_smem()  # all have read the last queries
         if p.has_scales:
           pl.when(low < high)(lambda: put_scales(done, scales(s, head, low, scale_pages(s, low))))
-        mosaic.copy_rows(q_gmem, rows, q_tile, num_threads=128, turned=p.has_scales, interpret=is_interpreted)
+        mosaic.copy_rows(
+          q_gmem, rows, columns_of(q_smem), num_threads=128, turned=p.has_scales, interpret=is_interpreted
+        )
         plgpu.commit_smem()
 
         def cut(scores, column):
@@ -498,7 +506,8 @@ def forward(
           return mosaic.keep(scores, first, past, interpret=is_interpreted)
 
         def one_tile(t, carry, *, masked):
-          acc, top, total, *page_ids = carry
+          acc, *sums = carry[:3]
+          page_ids = carry[3:]
           i = done + t - low
           column = t * block_kv
           k_tile, v_tile = k_ring.tile(i), v_ring.tile(i)
@@ -509,35 +518,27 @@ def forward(
           k_ring.wait_full(i)
           if p.has_scales:
             keys = columns_sm90.widen(k_tile, turned=False, interpret=is_interpreted)
-            scores = columns_sm90.product(keys, q_tile, interpret=is_interpreted)
+            scores = columns_sm90.product(keys, columns_of(q_smem), interpret=is_interpreted)
             scores = columns_sm90.scale_rows(scores, k_scales, interpret=is_interpreted)
           else:
-            scores = columns_sm90.product(k_tile, q_tile, interpret=is_interpreted)
+            scores = columns_sm90.product(k_tile, columns_of(q_smem), interpret=is_interpreted)
           k_ring.release(i)
           if p.soft_cap is not None:
             scores = jnp.tanh(scores * (p.scale / p.soft_cap))
           if masked:
             scores = cut(scores, column)
-          new_top = jnp.maximum(top, columns_sm90.maximum(scores, over_warps, interpret=is_interpreted))
-          shift = new_top * factor
-          if masked:
-            shift = jnp.where(new_top == -jnp.inf, 0.0, shift)  # a query that has seen nothing yet
-          # A query's bits must depend neither on the program around it, hence fmas that no compiler chooses, nor on the
-          # queries beside it. Without a new maximum alpha is exactly 1.
-          alpha = jnp.exp2(mosaic.multiply_add(top, factor, -shift, interpret=is_interpreted))
-          alpha = jnp.where(new_top > top, alpha, 1.0)
-          prob, sums = columns_sm90.exponentials(scores, factor, shift, interpret=is_interpreted)
-          total = mosaic.multiply_add(total, alpha, sums, interpret=is_interpreted)
-          acc = acc * down(alpha, acc)
+          prob, (acc, *sums) = columns_sm90.softmax_step(
+            scores, (acc, *sums), factor, of_lane(warps_smem), masked=masked, interpret=is_interpreted
+          )
           if p.has_scales:
             prob = columns_sm90.scale_rows(prob, v_scales, interpret=is_interpreted)
-          columns_sm90.put(prob.astype(dtype), p_tile, interpret=is_interpreted)
+          columns_sm90.put(prob.astype(dtype), columns_of(p_smem), interpret=is_interpreted)
           v_ring.wait_full(i)
           if p.has_scales:
             values = columns_sm90.widen(v_tile, turned=True, interpret=is_interpreted)
             put_scales(i + 1, later)
             plgpu.commit_smem()
-            acc = columns_sm90.product(values, p_tile, acc, interpret=is_interpreted)
+            acc = columns_sm90.product(values, columns_of(p_smem), acc, interpret=is_interpreted)
           else:
             if masked:  # what nobody owns may be NaN, and 0 * NaN is NaN
 
@@ -547,9 +548,9 @@ def forward(
                 mosaic.zero_rows(v_tile, s.kv_len - column, before, interpret=is_interpreted)
 
             plgpu.commit_smem()
-            acc = columns_sm90.product(v_tile, p_tile, acc, turned=True, interpret=is_interpreted)
+            acc = columns_sm90.product(v_tile, columns_of(p_smem), acc, turned=True, interpret=is_interpreted)
           v_ring.release(i)
-          return acc, new_top, total, *page_ids
+          return acc, *sums, *page_ids
 
         # Tiles [begin, end) are seen whole by every query.
         begin, end = low, jnp.clip(lax.div(s.offset + 1, jnp.int32(block_kv)), low, high)
@@ -564,7 +565,7 @@ def forward(
             carry = lax.fori_loop(start, stop, lambda t, carry, masked=masked: one_tile(t, carry, masked=masked), carry)
         acc, top, total, *_ = carry
         plgpu.commit_smem()  # all have read what is over the warps
-        result = acc, top, columns_sm90.total(total, over_warps, interpret=is_interpreted)
+        result = acc, top, columns_sm90.total(total, of_lane(warps_smem), interpret=is_interpreted)
         if not is_folded:
           is_whole = s.count == 1 if units is None else (s.count == 1) & (s.unit < 0)
           if chunks.max_count > 1:

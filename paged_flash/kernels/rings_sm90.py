@@ -71,7 +71,7 @@ class Ring:
     return self.first + lax.rem(i, jnp.int32(self.stages))
 
   def tile(self, i: Any) -> Any:
-    return self.tiles.at[self.slot(i)]
+    return self.tiles.at[mosaic.anew(self.slot(i), interpret=self.interpret)]
 
   def _wait(self, i: Any, is_empty: bool) -> None:
     if self.interpret:
