@@ -345,8 +345,7 @@ def scale_rows(x: jax.Array, scales: Any, *, interpret: bool) -> jax.Array:
 
 def _places(rows: Rows, num_columns: int, *traced: Any) -> list[tuple[Any, Any]]:
   """Where the rows that a thread's columns are lie, as `mosaic.place_of` says."""
-  _, _, c = _thread()
-  first = arith.muli(c, _constant(2))
+  first = mosaic.anew_value(arith.muli(_thread()[2], _constant(2)))
   numbers = [8 * j + e for j in range(num_columns // 8) for e in range(2)]
   return [mosaic.place_of(rows, arith.addi(first, _constant(n)), *traced) for n in numbers]
 

@@ -283,11 +283,15 @@ def anew(x: jax.Array, *, interpret: bool) -> jax.Array:
 
   @inline(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
   def move(_, x):
-    i32 = ir.IntegerType.get_signless(32)
-    y = mgpu.utils.inline_ptx("mov.b32 $0, $1;", x.registers.item(), result_types=i32, has_side_effects=True)
-    return mgpu.FragmentedArray.splat(y, (), is_signed=True)
+    return mgpu.FragmentedArray.splat(anew_value(x.registers.item()), (), is_signed=True)
 
   return move(x)
+
+
+def anew_value(x: Any) -> Any:
+  """The same of an i32 in a register."""
+  i32 = ir.IntegerType.get_signless(32)
+  return mgpu.utils.inline_ptx("mov.b32 $0, $1;", x, result_types=i32, has_side_effects=True)
 
 
 def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.Array:

@@ -13,7 +13,8 @@ lengths. A lane computes the chunks that begin in its segment and fetches ahead 
 
 Columns are padded to a multiple of 8, in shared memory only (`columns_sm90`). Chunks that a lane computes from the
 first on are folded in registers, and written if they are all; of a sequence that a segment's end cuts, the chunks
-before it make one part, and each chunk after it another. Parts go to memory in float32, and a second kernel folds them.
+before it make one part, and each chunk after it another. Parts go to memory in float32, with how many chunks the first
+of them holds, and a second kernel folds them.
 
 Chunks that several sequences share (`shared_prefixes`) are computed for all of them at once: a unit of sequences is
 one more sequence on the line, whose columns are their queries, and its parts are theirs. Their own chunks are a part
@@ -353,6 +354,7 @@ def forward(
     lens = starts, kv_lens, units
     scales_gmem, refs = (refs[:2], refs[2:]) if p.has_scales else ((), refs)
     out_gmem, lse_gmem, *parts = refs[:-num_scratch]
+    *parts, firsts = parts if is_folded else (*parts, None)
     q_smem, p_smem, k_smem, v_smem, warps_smem, k_barriers, v_barriers, *scale_smem = refs[-num_scratch:]
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
@@ -490,12 +492,14 @@ def forward(
           buffer = scale_smem[0].at[lane, lax.rem(i, jnp.int32(2))]
           columns_sm90.put_row_values(buffer, values, interpret=is_interpreted)
 
-        plgpu.commit_smem()  # all have read the last queries
+        @pl.when(chunk == mine[0])  # the lane's other chunks of the sequence have the same queries
+        def _():
+          plgpu.commit_smem()  # all have read the last ones
+          to = columns_of(q_smem)
+          mosaic.copy_rows(q_gmem, rows, to, num_threads=128, turned=p.has_scales, interpret=is_interpreted)
+
         if p.has_scales:
           pl.when(low < high)(lambda: put_scales(done, scales(s, head, low, scale_pages(s, low))))
-        mosaic.copy_rows(
-          q_gmem, rows, columns_of(q_smem), num_threads=128, turned=p.has_scales, interpret=is_interpreted
-        )
         plgpu.commit_smem()
 
         def cut(scores, column):
@@ -581,9 +585,16 @@ def forward(
         if units is not None:
           is_whole &= s.unit < 0
         is_part = (first > 0) | ((chunk == past - 1) & ~is_whole)
+        pl.when(chunk == 0)(lambda: put_first(b * K + head, past))
         pl.when(is_whole & (chunk == past - 1))(lambda: write(s, head, rows, state))
         pl.when(is_part)(lambda: write_part(b, s, jnp.where(first > 0, chunk, 0), head, rows.count, state))
         return done + high - low, *state
+
+      def put_first(index, past):
+        if is_interpreted:
+          firsts[index] = past
+        else:
+          mosaic.store_value(firsts, index, None, past, mosaic.thread() == 0)
 
       def write(s, head, rows, state):
         sink = None
@@ -620,7 +631,7 @@ def forward(
       def _(warp):
         pl.when(warp < lanes)(lambda: fetch(warp))
 
-  def merge(part_gmem, top_gmem, total_gmem, starts, kv_lens, units, sinks, out_gmem, lse_gmem):
+  def merge(part_gmem, top_gmem, total_gmem, firsts, starts, kv_lens, units, sinks, out_gmem, lse_gmem):
     lens = starts, kv_lens, units
     b, slices = lax.axis_index("b"), max(1, D // THREADS)
     head, some_rows = divide(lax.axis_index("rows"), row_blocks)
@@ -683,14 +694,12 @@ def forward(
       else:
         pl.loop(some_rows, cdiv(s.query_len * group, rows_per_block), step=row_blocks)(of_rows)
 
-    @pl.when(((s.count > 1) | has_unit) & (some_rows * rows_per_block < s.query_len * group))
-    def _():  # all others need not measure the line
-      line, segments = lay(*lens)
-      # The first part holds the chunks that begin in the same segment as the sequence, or its unit.
-      place = line.start(where)
-      done = chunks_before(first, (lax.div(place, segments.size) + 1) * segments.size - place)
-      done = (jnp.where(is_wide(first), 1, done) if len(sizes) > 1 else done) if is_folded else 1
-      pl.when((s.count > done) | has_unit)(lambda: fold_parts(done))
+    done = 1  # chunks in the first part, of the sequence or of its unit
+    if firsts is not None:
+      done = firsts[where * K + head]  # nobody wrote that of a sequence which has nothing to do here
+      done = jnp.where(is_wide(first), 1, done) if len(sizes) > 1 else done
+    has_parts = has_unit | ((s.count > 1) & (s.count > done))
+    pl.when(has_parts & (some_rows * rows_per_block < s.query_len * group))(lambda: fold_parts(done))
 
   rows_per_block = max(1, THREADS // D)
   # Where there can be long chunks too, hardly any block would have rows but those of the first token.
@@ -715,6 +724,7 @@ def forward(
       jax.ShapeDtypeStruct((T * H,), jnp.float32),
       *(jax.ShapeDtypeStruct((n, D), jnp.float32) for n in parts),
       *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in 2 * parts),
+      *([jax.ShapeDtypeStruct(((p.batch + num_units) * K,), jnp.int32)] if is_folded else []),
     ),
     grid=(num_blocks,),
     grid_names=("block",),
@@ -740,6 +750,6 @@ def forward(
       thread_name="wg",
       compiler_params=params,
       interpret=interpret,
-    )(*parts, *lens, sinks, out_ref, lse_ref)
+    )(*parts, *([] if is_folded else [None]), *lens, sinks, out_ref, lse_ref)
     out, lse = jax.freeze(out_ref), jax.freeze(lse_ref)
   return out.reshape(T, H, D), lse.reshape(T, H)
