@@ -358,10 +358,10 @@ def forward(
     q_smem, p_smem, k_smem, v_smem, warps_smem, k_barriers, v_barriers, *scale_smem = refs[-num_scratch:]
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
-    def over_chunks(lane, body, carry):
-      """carry = body(b, sequence b, mine, head, chunk, carry) for all chunks of a lane; the last carry.
+    def over_chunks(lane, size, body, carry):
+      """carry = body(b, sequence b, mine, head, chunk, carry) for all chunks of a lane with that size of tiles.
 
-      Of each sequence and head, the chunks in the range `mine` [first, past) are the lane's.
+      Of each sequence and head, the chunks in the range `mine` [first, past) are the lane's. Returns the last carry.
       """
       line, segments = lay(*lens)
 
@@ -375,6 +375,8 @@ def forward(
           place, carry = carry
           s = look(*lens, b)
           first, past = chunks_before(s, low - place), chunks_before(s, high - place)
+          if len(sizes) > 1:
+            past = jnp.where(is_wide(s) == (size > 0), past, first)
           carry = lax.fori_loop(first, past, functools.partial(body, b, s, (first, past), head), carry)
           return place + line.length(b), carry
 
@@ -429,7 +431,9 @@ def forward(
 
         return done + high - low
 
-      done = over_chunks(lane, one_chunk, jnp.int32(0))
+      done = jnp.int32(0)
+      for size in range(len(sizes)):
+        done = over_chunks(lane, size, one_chunk, done)
       for ring in rings:
         ring.drain(done)
 
@@ -463,15 +467,8 @@ def forward(
 
     def compute(lane):
       k_ring, v_ring = rings_of(lane)
-      # On a CPU a column's rounding hangs on how many there are.
-      few, *more = (MOST_COLUMNS,) * len(sizes) if is_interpreted else sizes
 
-      def one_chunk(b, s, mine, head, chunk, carry):
-        run = functools.partial(some_columns, b, s, mine, head, chunk)
-        narrow = functools.partial(run, few, is_folded)
-        return lax.cond(is_wide(s), functools.partial(run, more[0], False), narrow, carry) if more else narrow(carry)
-
-      def some_columns(b, s, mine, head, chunk, columns, is_folded, carry):
+      def one_chunk(columns, is_folded, b, s, mine, head, chunk, carry):
         done, *state = carry
 
         def of_lane(x):
@@ -479,7 +476,7 @@ def forward(
           return x.at[mosaic.anew(lane, interpret=is_interpreted)]
 
         def columns_of(x):
-          return of_lane(x).at[pl.ds(0, columns)] if more else of_lane(x)
+          return of_lane(x).at[pl.ds(0, columns)] if len(sizes) > 1 else of_lane(x)
 
         low, high = chunk_tiles(s, chunk)
         rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
@@ -613,7 +610,15 @@ def forward(
         for gmem, x in zip(parts, state, strict=True):
           store(gmem, rows, x)
 
-      over_chunks(lane, one_chunk, (jnp.int32(0), *(nothing(few) if is_folded else ())))
+      # One size after the other: what one keeps in registers is not in the other's way.
+      done = jnp.int32(0)
+      for size, columns in enumerate(sizes):
+        columns = (
+          MOST_COLUMNS if is_interpreted else columns
+        )  # on a CPU a column's rounding hangs on how many there are
+        has_state = is_folded and size == 0
+        state = nothing(columns) if has_state else ()
+        done, *_ = over_chunks(lane, size, functools.partial(one_chunk, columns, has_state), (done, *state))
 
     if not is_interpreted:
       rings_sm90.start(k_barriers, v_barriers)
