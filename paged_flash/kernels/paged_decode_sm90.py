@@ -109,10 +109,11 @@ class Units(NamedTuple):
   A chunk's result in a column depends on nothing but the column's query, so that sharing changes no bit.
   """
 
-  leads: Any  # i32[U], a sequence of each unit
-  sizes: Any  # i32[U], how many it has; 0 or at least 2
-  tokens: Any  # i32[U * M], their query tokens
-  places: Any  # i32[U * M], where their parts begin, in groups of rows
+  sizes: (
+    Any  # i32[B], how many sequences are in the unit that has a sequence's number, its first one's; 0 or at least 2
+  )
+  tokens: Any  # i32[B * M], their query tokens
+  places: Any  # i32[B * M], where their parts begin, in groups of rows
   chunks: Any  # i32[B], how many chunks of each sequence its unit computes
   of: Any  # i32[B], each sequence's unit, or -1
 
@@ -125,7 +126,7 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
   """
   p = problem
   group = p.num_heads // p.num_kv_heads
-  most, num_units = MOST_COLUMNS // group, p.batch // 2
+  most = MOST_COLUMNS // group
   if not has_units(p, chunks):
     return None
   assert operands.leaders is not None and operands.shared_pages is not None
@@ -143,20 +144,14 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
   shared = jnp.where(sizes > 1, shared, 0)
   # All by sums and maxima over small matrices: each is one kernel, in every step.
   lead = jnp.min(jnp.where(alike & (place == first[:, None]), index, p.batch), 1)  # the first of its unit
-  is_lead = (shared > 0) & (lead == index)
-  of = jnp.where(shared > 0, jnp.sum(is_lead & (index < lead[:, None]), 1, dtype=jnp.int32), -1)
+  of = jnp.where(shared > 0, lead, -1)
   width = cdiv(MOST_COLUMNS, group)
   rows = chunks.max_count * p.num_kv_heads * min(p.max_query_len, max_tokens(p))
-
-  def look_up(keys, count, *values):
-    """For each number below `count`, those of the values (i32[B]) whose key it is; 0 if it is none's."""
-    is_it = keys == jnp.arange(count)[:, None]
-    return [jnp.max(jnp.where(is_it, value, 0), 1) for value in values]
-
-  leads, unit_sizes = look_up(jnp.where(is_lead, of, -1), num_units, index, sizes)
   row = jnp.where(of < 0, -1, of * width + place - first)
-  tokens, places = look_up(row, num_units * width, index if starts is None else starts[:-1], index * rows)
-  return Units(leads, unit_sizes, tokens, places, chunks=shared, of=of)
+  is_it = row == jnp.arange(p.batch * width)[:, None]
+  of_rows = [index if starts is None else starts[:-1], index * rows]
+  tokens, places = (jnp.max(jnp.where(is_it, x, 0), 1) for x in of_rows)
+  return Units(jnp.where(of == index, sizes, 0), tokens, places, chunks=shared, of=of)
 
 
 class Sequence(NamedTuple):
@@ -188,8 +183,7 @@ def sequence(
   p, row, begin = problem, b, 0
   if units is not None:
     unit = b - p.batch
-    u = jnp.maximum(unit, 0)
-    row = jnp.where(unit < 0, b, units.leads[u])
+    row = jnp.where(unit < 0, b, unit)
     begin = units.chunks[row]
   first, query_len = (row, 1) if starts is None else (starts[row], starts[row + 1] - starts[row])
   kv_len = kv_lens[row]
@@ -201,7 +195,7 @@ def sequence(
     count = jnp.where((query_len > 0) & (query_len <= max_tokens(p)), count, 0)
   offset = kv_len - query_len
   if units is not None:
-    size = units.sizes[u]
+    size = units.sizes[row]
     shared = begin * chunk
     query_len = jnp.where(unit < 0, query_len, size)
     kv_len = jnp.where(unit < 0, kv_len, shared * block_kv)
@@ -322,7 +316,7 @@ def forward(
   sizes = tile_columns(p, chunks)
   store = functools.partial(columns_sm90.store, turned=p.has_scales, interpret=is_interpreted)
   units = make_units(p, chunks, block_kv, operands)
-  num_units = 0 if units is None else units.leads.size
+  num_units = 0 if units is None else units.sizes.size
   width = cdiv(MOST_COLUMNS, group)  # of a row of units.tokens
   look = functools.partial(sequence, p, chunks, block_kv)
   # Two accumulators of head_dim 128 and 64 columns are more than the registers of a warpgroup.
@@ -332,16 +326,34 @@ def forward(
     """Whether a sequence or unit wants the second size of tiles, whose chunks are a part each."""
     return s.query_len * group > sizes[0]
 
-  def lay(starts, kv_lens, units):
-    """The line of tiles, units after sequences, and its segments."""
+  def on_line(i):
+    """Number of the i-th on the line: units come before sequences."""
+    return i if units is None else jnp.where(i < num_units, i + p.batch, i - num_units)
 
-    def length(b):
-      s = look(starts, kv_lens, units, b)
+  def lay(starts, kv_lens, units):
+    """The line of tiles, and its segments."""
+
+    def length(i):
+      s = look(starts, kv_lens, units, on_line(i))
       return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1) + COST, 0)
 
-    line = Line(p.batch + num_units, length, interpret=is_interpreted)
+    def make(count, length):
+      return Line(count, length, interpret=is_interpreted)
+
+    line = make(p.batch + num_units, length)
     enough = num_lanes if p.has_scales else ENOUGH_LANES  # widening keeps a lane busier than memory does
-    return line, Segments.cut(num_segments, p.batch, K, enough, *line.measure())
+    measured = line.measure()
+    cut = lambda count: Segments.cut(count, p.batch, K, enough, *measured)  # noqa: E731
+    if units is None:
+      return line, cut(num_segments)
+    # A segment begins where a unit does. Of more sequences than fit a unit, the next then meet the same pages at the
+    # same time, and find them in the L2 cache.
+    count, _ = make(num_units, lambda i: jnp.where(units.sizes[i] > 0, 1, 0)).measure()
+    is_aligned = 2 * count <= num_segments
+    segments = cut(num_segments - jnp.where(is_aligned, count, 0))
+    up = lambda tiles: lax.div(tiles + segments.size - 1, segments.size) * segments.size  # noqa: E731
+    padded = lambda i: jnp.where((i < num_units) & is_aligned, up(length(i)), length(i))  # noqa: E731
+    return make(p.batch + num_units, padded), segments
 
   def chunks_before(s, tiles):
     """The first chunk that does not begin in the first `tiles` tiles of a sequence on the line."""
@@ -371,14 +383,15 @@ def forward(
         high = low + segments.size
         (b_low, place), (b_high, _) = line.find(low, high - 1)
 
-        def of_sequence(b, carry):
+        def of_sequence(i, carry):
           place, carry = carry
+          b = on_line(i)
           s = look(*lens, b)
           first, past = chunks_before(s, low - place), chunks_before(s, high - place)
           if len(sizes) > 1:
             past = jnp.where(is_wide(s) == (size > 0), past, first)
           carry = lax.fori_loop(first, past, functools.partial(body, b, s, (first, past), head), carry)
-          return place + line.length(b), carry
+          return place + line.length(i), carry
 
         return lax.fori_loop(b_low, jnp.minimum(b_high + 1, line.batch), of_sequence, (place, carry))[1]
 
