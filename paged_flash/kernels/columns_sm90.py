@@ -367,46 +367,52 @@ def load(ref: Any, rows: Rows, num_columns: int, *, interpret: bool) -> jax.Arra
   return compute(ref, *rows.traced())
 
 
-def store(ref: Any, rows: Rows, x: jax.Array, *, turned: bool = False, interpret: bool) -> None:
-  """Writes the columns of x [D, N] to rows of `ref` [X, D], or x [N] to `ref` [X].
+def store(pairs: list[tuple[Any, jax.Array]], rows: Rows, *, turned: bool = False, interpret: bool) -> None:
+  """Of (ref, x) writes the columns of x [D, N] to rows of `ref` [X, D], or x [N] to `ref` [X].
 
   `turned`: rows of x are in the order of `widen`.
   """
   if interpret:
-    mosaic.store_rows(ref, rows, x.T, interpret=True)
+    for ref, x in pairs:
+      mosaic.store_rows(ref, rows, x.T, interpret=True)
     return
-  is_tile, num_columns = x.ndim == 2, x.shape[-1]
+  count, num_columns = len(pairs), pairs[0][1].shape[-1]
+  layouts = [TILE if x.ndim == 2 else COLUMN for _, x in pairs]
 
-  @mosaic.inline(arg_types=(plgpu.RefType(), TILE if is_tile else COLUMN, *rows.types()))
-  def write(_, ref, x, *traced):
-    i64, memref = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
-    element, base = memref.element_type, mgpu.utils.memref_ptr(ref)
+  @mosaic.inline(arg_types=(*[plgpu.RefType()] * count, *layouts, *rows.types()))
+  def write(_, *operands):
+    i64 = ir.IntegerType.get_signless(64)
     warp, r, _ = _thread()
-    places = _places(rows, num_columns, *traced)
-    if not is_tile:
-      is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, r), _constant(0))
-      values = [y for register in x.registers.flat for y in _columns(register)]
-      for (alive, place), value in zip(places, values, strict=True):
-        with mgpu.utils.when(arith.andi(alive, is_first)):
-          llvm.store(value, mgpu.utils.getelementptr(base, [place], element))
-      return
-    D = memref.shape[1]
-    size = D // 32 if turned else 1
-    first = arith.addi(arith.muli(warp, _constant(8 if turned else 16)), r)
-    first = arith.extui(i64, arith.muli(first, _constant(size)))
-    groups = [[_columns(register) for register in registers] for registers in _by_group(x)]
-    for n, (alive, place) in enumerate(places):
-      values = [columns[n % 2] for columns in groups[n // 2]]  # (m, half) in order
-      start = arith.addi(arith.muli(place, mgpu.utils.c(D, i64)), first)
-      with mgpu.utils.when(alive):
-        if turned:
-          per = min(size, 16 // mgpu.utils.bytewidth(element))  # of one store
-          for k in range(0, size, per):
-            vector_ = vector.from_elements(ir.VectorType.get((per,), element), values[k : k + per])
-            llvm.store(vector_, mgpu.utils.getelementptr(base, [arith.addi(start, mgpu.utils.c(k, i64))], element))
-        else:
-          for k, value in enumerate(values):
-            offset = arith.addi(start, mgpu.utils.c(64 * (k // 2) + 8 * (k % 2), i64))
-            llvm.store(value, mgpu.utils.getelementptr(base, [offset], element))
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, r), _constant(0))
 
-  write(ref, x, *rows.traced())
+    def write_row(n, place, ref, x, layout):
+      memref = ir.MemRefType(ref.type)
+      element, base = memref.element_type, mgpu.utils.memref_ptr(ref)
+      if layout is COLUMN:
+        with mgpu.utils.when(is_first):
+          value = _columns(x.registers.flat[n // 2])[n % 2]
+          llvm.store(value, mgpu.utils.getelementptr(base, [place], element))
+        return
+      values = [_columns(register)[n % 2] for register in _by_group(x)[n // 2]]  # (m, half) in order
+      D = memref.shape[1]
+      size = D // 32 if turned else 1
+      first = arith.addi(arith.muli(warp, _constant(8 if turned else 16)), r)
+      first = arith.extui(i64, arith.muli(first, _constant(size)))
+      start = arith.addi(arith.muli(place, mgpu.utils.c(D, i64)), first)
+      if turned:
+        per = min(size, 16 // mgpu.utils.bytewidth(element))  # of one store
+        for k in range(0, size, per):
+          vector_ = vector.from_elements(ir.VectorType.get((per,), element), values[k : k + per])
+          llvm.store(vector_, mgpu.utils.getelementptr(base, [arith.addi(start, mgpu.utils.c(k, i64))], element))
+      else:
+        for k, value in enumerate(values):
+          offset = arith.addi(start, mgpu.utils.c(64 * (k // 2) + 8 * (k % 2), i64))
+          llvm.store(value, mgpu.utils.getelementptr(base, [offset], element))
+
+    refs, arrays, traced = operands[:count], operands[count : 2 * count], operands[2 * count :]
+    for n, (alive, place) in enumerate(_places(rows, num_columns, *traced)):
+      with mgpu.utils.when(alive):
+        for ref, x, layout in zip(refs, arrays, layouts, strict=True):
+          write_row(n, place, ref, x, layout)
+
+  write(*(ref for ref, _ in pairs), *(x for _, x in pairs), *rows.traced())

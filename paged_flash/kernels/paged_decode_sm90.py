@@ -612,16 +612,14 @@ def forward(
           of_heads = Rows(head * group, s.query_len * group, group, 0)
           sink = with_sink(s, columns_sm90.load(sinks, of_heads, len(state[1]), interpret=is_interpreted))
         out, lse = mosaic.finish(state, sink, factor, axis=1, interpret=is_interpreted)
-        store(lse_gmem, rows, lse)
-        store(out_gmem, rows, out.astype(dtype))
+        store([(out_gmem, out.astype(dtype)), (lse_gmem, lse)], rows)
 
       def write_part(b, s, part, head, count, state):
         rows = Rows(((b * chunks.max_count + part) * K + head) * max_rows, count)
         if units is not None:
           first = jnp.where(s.unit < 0, rows.first, (part * K + head) * max_rows)
           rows = Rows(first, count, group, group, index=units.places, at=s.unit * width)
-        for gmem, x in zip(parts, state, strict=True):
-          store(gmem, rows, x)
+        store([*zip(parts, state, strict=True)], rows)
 
       # One size after the other: what one keeps in registers is not in the other's way.
       done = jnp.int32(0)
