@@ -191,8 +191,8 @@ def softmax_step(
       totals += [llvm.intr_fma(old, alpha, x) for (_, _, alpha, old), x in zip(columns, sums, strict=True)]
     return mosaic.as_registers(s, s_out), mosaic.as_registers(acc, acc_out), _as_columns(tops), _as_columns(totals)
 
-  prob, *state = compute(s, acc, top, total, scratch)
-  return prob, tuple(state)
+  prob, acc, top, total = compute(s, acc, top, total, scratch)
+  return prob, (acc, top, total)
 
 
 def total(sums: jax.Array, scratch: Any, *, interpret: bool) -> jax.Array:

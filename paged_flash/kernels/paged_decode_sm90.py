@@ -366,7 +366,7 @@ def forward(
     lens = starts, kv_lens, units
     scales_gmem, refs = (refs[:2], refs[2:]) if p.has_scales else ((), refs)
     out_gmem, lse_gmem, *parts = refs[:-num_scratch]
-    *parts, firsts = parts if is_folded else (*parts, None)
+    parts, firsts = parts[:3], parts[3:]  # `firsts` where chunks are folded
     q_smem, p_smem, k_smem, v_smem, warps_smem, k_barriers, v_barriers, *scale_smem = refs[-num_scratch:]
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
@@ -602,9 +602,9 @@ def forward(
 
       def put_first(index, past):
         if is_interpreted:
-          firsts[index] = past
+          firsts[0][index] = past
         else:
-          mosaic.store_value(firsts, index, None, past, mosaic.thread() == 0)
+          mosaic.store_value(firsts[0], index, None, past, mosaic.thread() == 0)
 
       def write(s, head, rows, state):
         sink = None
