@@ -519,9 +519,8 @@ def forward(
           past = None if p.window is None else (key - s.offset + (p.window + 1)) * group
           return mosaic.keep(scores, first, past, interpret=is_interpreted)
 
-        def one_tile(t, carry, *, masked):
-          acc, *sums = carry[:3]
-          page_ids = carry[3:]
+        def one_tile(t, running, *, masked):
+          acc, top, total, *page_ids = running
           i = done + t - low
           column = t * block_kv
           k_tile, v_tile = k_ring.tile(i), v_ring.tile(i)
@@ -541,8 +540,8 @@ def forward(
             scores = jnp.tanh(scores * (p.scale / p.soft_cap))
           if masked:
             scores = cut(scores, column)
-          prob, (acc, *sums) = columns_sm90.softmax_step(
-            scores, (acc, *sums), factor, of_lane(warps_smem), masked=masked, interpret=is_interpreted
+          prob, (acc, top, total) = columns_sm90.softmax_step(
+            scores, (acc, top, total), factor, of_lane(warps_smem), masked=masked, interpret=is_interpreted
           )
           if p.has_scales:
             prob = columns_sm90.scale_rows(prob, v_scales, interpret=is_interpreted)
@@ -564,20 +563,20 @@ def forward(
             plgpu.commit_smem()
             acc = columns_sm90.product(v_tile, columns_of(p_smem), acc, turned=True, interpret=is_interpreted)
           v_ring.release(i)
-          return acc, *sums, *page_ids
+          return acc, top, total, *page_ids
 
         # Tiles [begin, end) are seen whole by every query.
         begin, end = low, jnp.clip(lax.div(s.offset + 1, jnp.int32(block_kv)), low, high)
         if p.window is not None:
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
-        carry = nothing(columns)
+        running: Any = nothing(columns)
         if p.has_scales:
-          carry = *carry, scale_pages(s, jnp.minimum(low + 1, jnp.maximum(high, 1) - 1))
+          running = *running, scale_pages(s, jnp.minimum(low + 1, jnp.maximum(high, 1) - 1))
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
           if start is not stop:
-            carry = lax.fori_loop(start, stop, lambda t, carry, masked=masked: one_tile(t, carry, masked=masked), carry)
-        acc, top, total, *_ = carry
+            running = lax.fori_loop(start, stop, functools.partial(one_tile, masked=masked), running)
+        acc, top, total = running[:3]
         plgpu.commit_smem()  # all have read what is over the warps
         result = acc, top, columns_sm90.total(total, of_lane(warps_smem), interpret=is_interpreted)
         if not is_folded:
