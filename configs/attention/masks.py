@@ -4,6 +4,9 @@ Claim: a masked case takes at most 15 % more than its visible tiles of 128 queri
 tile takes in the same case without the mask (`of_ideal` <= 1.15).
 
     python -m experiments.attention --config=configs/attention/masks.py
+
+Found on an H100: a window and uniform lengths keep to it forward (1.11) and lengths backward (1.13); packed segments
+take 1.3 to 1.6 times their tiles, Zipf's lengths 1.5 and 1.7, for short items show their beginnings and ends.
 """
 
 import dataclasses

@@ -8,6 +8,9 @@ Claim: FlashAttention's memory is linear in the sequence length (Dao et al. 2022
 
 One sequence, 16 heads of 128, causal, bf16. Expected: plain XLA ends near 30k tokens on a card of 140 GB; ours still
 trains at 512k, where the search stops.
+
+Found on an H100 of 80 GB: plain XLA ends after 24k tokens, ours trains at 512k: 21 times; 9 times less memory at 2k
+and 17 times at 4k.
 """
 
 import dataclasses

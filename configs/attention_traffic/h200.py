@@ -6,6 +6,9 @@ far below those of attention with the whole score matrix (Dao et al. 2022, Theor
     python -m experiments.attention_traffic --config=configs/attention_traffic/h200.py
 
 Measuring needs one H200 and `ncu`, and takes about a minute; `:smoke`, and any machine without them, only counts.
+
+Found on an H100: within 10 % in four cases of five, and once 1.51 (16k tokens, causal); plain attention moves 28 to
+108 times as much.
 """
 
 import dataclasses

@@ -7,6 +7,8 @@ Claim (Kwon et al. 2023, figure 15): of the pages that would be held without sha
 
 Here the beams are a real model's: SmolLM2-135M-Instruct in float32 on 8 chat requests, 48 new tokens each. Expected: in
 the same region, more for wider beams. Prompts and outputs are not those of the paper, whose traces are not public.
+
+Found: 40.9, 60.6 and 66.5 %.
 """
 
 import dataclasses

@@ -8,6 +8,8 @@ times the throughput of exact contiguous reservations, with five (341 tokens) 3.
 LLaMA-13B on an A100-40GB, taken for OPT-13B. The paper's two prefixes imply 65 tokens an example, source and
 translation; prompts are drawn with 30 of them and outputs with 35. Expected: near the paper's, the longer the prefix
 the more; saturated, without arrivals.
+
+Found: 2.10 and 4.21 times.
 """
 
 import dataclasses

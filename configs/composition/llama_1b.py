@@ -11,6 +11,9 @@ outputs of 1 to 1024; where memory is contiguous, a run of pages of 256 tokens, 
 Expected: pages fit nearly twice the requests, flash attention again so many as the score matrix of 8 prompts took room
 for, its prefill is more than twice as fast; decoding, it reads a run as fast as pages, and naive attention loses on
 pages what it gathers.
+
+Found on an H100: 1.4 times the requests with flash attention, 1.8 with pages, 2.6 with both; 3.7, 1.1 and 4.0 times
+the tokens a second.
 """
 
 import dataclasses

@@ -5,6 +5,8 @@
 Claim (Saxena 2023, prompt lookup decoding): 2 to 4 times as fast where outputs copy from their inputs. These hardly do:
 expected are a third of the proposals accepted and 1.3 tokens a turn; matches of two tokens propose less in vain than
 matches of one.
+
+Found: 31 % and 1.33 tokens a turn with two proposals; matches of two tokens have 53 % accepted.
 """
 
 import dataclasses

@@ -5,6 +5,8 @@
 FILE.csv is sharegpt_8k_filtered_stats_llama2_tokenizer.csv of microsoft/sarathi-serve (Agrawal et al. 2024; Apache-2.0)
 or arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv of microsoft/vidur (Agrawal et al. 2024; MIT): the first
 4000 rows. The model's longest sequence is 8192. Expected: over 98 % used with pages. `:smoke` draws lengths.
+
+Found: 98.3 % of conversations' memory and 98.0 % of summaries' hold tokens with pages, 33 and 29 % with max.
 """
 
 import dataclasses

@@ -7,6 +7,8 @@ its output is taken for the next power of two, 38.2 % when it is known; 96.3 % w
 
 15.7k tokens of memory (their table 1). The lengths are synthetic: drawn with the means of ShareGPT that the paper
 gives, 161 and 338 tokens. Expected: within a few points of the paper.
+
+Found: 22.3, 29.6, 38.7 and 97.5 %.
 """
 
 import dataclasses

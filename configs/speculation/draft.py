@@ -6,6 +6,9 @@ Claim (Leviathan et al. 2023, section 3): with a share `a` of guesses right, K g
 tokens a step, at the cost of K draft passes. Expected: the same tokens; the whole model as its own draft is always
 right, so that a third of the steps are left, and no time is saved; first layers that were not trained to be the last
 are seldom right (Elhoushi et al. 2024 train them for it), and slow everything down.
+
+Found: all tokens the same; 3 % of the guesses right with 10 layers, 10 % with 20, all with 30, in 52 steps for 132,
+at 0.4 to 0.7 of the speed.
 """
 
 import dataclasses

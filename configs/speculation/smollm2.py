@@ -5,6 +5,8 @@
 Claim (Saxena 2023, prompt lookup decoding): 2 to 4 times as fast where the output copies from the input. Few of these
 questions do. Expected: the same tokens, a few tenths of the proposals accepted, fewer steps; on a CPU, which computes a
 token hardly cheaper beside others, little of it in time.
+
+Found: the same tokens; half of two proposals accepted, 1.13 tokens a step; no faster on two cores.
 """
 
 import dataclasses
