@@ -5,6 +5,10 @@
 FILE.csv is AzureLLMInferenceTrace_conv.csv or _code.csv of Azure/AzurePublicDataset (Patel et al. 2024; CC-BY-4.0), the
 first 1500 requests, with the trace's own arrivals scaled to each rate. 524,288 tokens of memory, 64 GiB. Expected:
 pages sustain several times the rate of reservations of 16,384 tokens. `:smoke` draws lengths.
+
+Found (conversations): with max 10 requests/s are sustained, at 20 the median waits 13.5 s for its first token; with
+pages 20 are, in 0.07 s, and so they are with pow2 and oracle, for there the memory is no longer the limit. At 40 all
+queue, pages least: 216 running, 206 with oracle, 31 with max.
 """
 
 import dataclasses
