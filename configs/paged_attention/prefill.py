@@ -5,8 +5,8 @@ decoding sequences in one call take no longer than in two (`apart_by_ours` >= 1)
 
     python -m experiments.paged_attention --config=configs/paged_attention/prefill.py
 
-Found on an H100: 0.94 to 0.95 after 8k and 32k tokens, 0.81 for 512 alone; one call for both takes 3 % longer than
-two.
+Found on an H100: 0.94 to 0.95 after 8k and 32k tokens, 0.81 for 512 alone. The committed run was cut off before the
+other four.
 """
 
 import dataclasses

@@ -137,21 +137,15 @@ def softmax_step(
     new_top = jnp.maximum(top, s.max(axis=0))
     shift = new_top * factor
     shift = jnp.where(new_top == -jnp.inf, 0.0, shift) if masked else shift
-    alpha = jnp.exp2(mosaic.multiply_add(top, factor, -shift, interpret=True))
+    alpha = jnp.exp2(mosaic.rounded_product(top, factor) - shift)
     alpha = jnp.where(new_top > top, alpha, 1.0)
     prob = jnp.exp2(s * factor - down(shift, s))
-    total = mosaic.multiply_add(total, alpha, prob.sum(axis=0), interpret=True)
+    total = mosaic.rounded_product(total, alpha) + prob.sum(axis=0)
     return prob, (acc * down(alpha, acc), new_top, total)
-  num_columns = s.shape[1]
-  types = s, acc, *[_column_type(num_columns)] * 2
+  types = [plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=TILE) for x in (s, acc)]
+  types += [_column_type(s.shape[1])] * 2
 
-  @mosaic.inline(
-    arg_types=(TILE, TILE, COLUMN, COLUMN, plgpu.RefType()),
-    return_type=tuple(
-      plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=y)
-      for x, y in zip(types, (TILE, TILE, COLUMN, COLUMN), strict=True)
-    ),
-  )
+  @mosaic.inline(arg_types=(TILE, TILE, COLUMN, COLUMN, plgpu.RefType()), return_type=tuple(types))
   def compute(_, s, acc, top, total, scratch):
     f32 = ir.F32Type.get()
     zero, one, scale, nothing = (mgpu.utils.c(x, f32) for x in (0.0, 1.0, factor, float("-inf")))
@@ -160,6 +154,7 @@ def softmax_step(
       for column in zip(*map(_columns, registers), strict=True):
         greatest.append(functools.reduce(arith.maximumf, column))
     combined = _over_warps(greatest, arith.maximumf, scratch)
+    places_of = lambda registers, j: [x for x in np.ndindex(registers.shape) if x[1] == j]  # noqa: E731
     s_out, acc_out, tops, totals = s.registers.copy(), acc.registers.copy(), [], []
     # Eight columns after eight: a wide tile's maxima, shifts and factors all at once are more than registers hold.
     for j, (old_top, old_total) in enumerate(zip(top.registers.flat, total.registers.flat, strict=True)):
@@ -174,9 +169,7 @@ def softmax_step(
         alpha = arith.select(arith.cmpf(arith.CmpFPredicate.OGT, new, before), alpha, one)
         columns.append((new, minus, alpha, old))
       sums = [None, None]
-      for place in np.ndindex(s_out.shape):
-        if place[1] != j:
-          continue
+      for place in places_of(s_out, j):
         values = [
           mosaic.exp2_of(llvm.intr_fma(x, scale, minus))
           for x, (_, minus, _, _) in zip(_columns(s_out[place]), columns, strict=True)
@@ -184,9 +177,8 @@ def softmax_step(
         sums = [x if y is None else arith.addf(y, x) for x, y in zip(values, sums, strict=True)]
         s_out[place] = vector.from_elements(s_out[place].type, values)
       alphas = vector.from_elements(old_top.type, [alpha for _, _, alpha, _ in columns])
-      for place in np.ndindex(acc_out.shape):
-        if place[1] == j:
-          acc_out[place] = arith.mulf(acc_out[place], alphas)
+      for place in places_of(acc_out, j):
+        acc_out[place] = arith.mulf(acc_out[place], alphas)
       tops += [new for new, *_ in columns]
       totals += [llvm.intr_fma(old, alpha, x) for (_, _, alpha, old), x in zip(columns, sums, strict=True)]
     return mosaic.as_registers(s, s_out), mosaic.as_registers(acc, acc_out), _as_columns(tops), _as_columns(totals)

@@ -294,24 +294,6 @@ def anew_value(x: Any) -> Any:
   return mgpu.utils.inline_ptx("mov.b32 $0, $1;", x, result_types=i32, has_side_effects=True)
 
 
-def multiply_add(x: jax.Array, y: Any, z: jax.Array, *, interpret: bool) -> jax.Array:
-  """x y + z of values one per column, rounded once, which no compiler chooses; y may be a number."""
-  if interpret:
-    return _product(x, y) + z
-  number, factors = (y, ()) if isinstance(y, float) else (0.0, (y,))
-
-  @inline(arg_types=(COLUMN,) * (2 + len(factors)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=COLUMN))
-  def fma(_, x, z, y=None):
-    registers = x.registers.copy()
-    for i, register in enumerate(x.registers.flat):
-      factor = [mgpu.utils.c(number, ir.F32Type.get())] * 2 if y is None else values_of(y.registers.flat[i])
-      of_columns = zip(values_of(register), factor, values_of(z.registers.flat[i]), strict=True)
-      registers.flat[i] = _register(register, [llvm.intr_fma(*values) for values in of_columns])
-    return as_registers(x, registers)
-
-  return fma(x, z, *factors)
-
-
 def total(sums: jax.Array, *, interpret: bool) -> jax.Array:
   """Finishes the row sums of `exponentials` over the four lanes that share a row."""
   if interpret:
@@ -394,11 +376,11 @@ def fold(state: tuple[Any, ...], part: tuple[Any, ...], factor: float, *, interp
   """
   if interpret:
     top = jnp.maximum(state[1], part[1])
-    shift = jnp.where(top == -jnp.inf, 0.0, _product(top, factor))
-    old, new = (jnp.where(x[1] == top, 1.0, jnp.exp2(_product(x[1], factor) - shift)) for x in (state, part))
+    shift = jnp.where(top == -jnp.inf, 0.0, rounded_product(top, factor))
+    old, new = (jnp.where(x[1] == top, 1.0, jnp.exp2(rounded_product(x[1], factor) - shift)) for x in (state, part))
     columns = lambda x, like: down(x, like) if like.ndim == 2 else x  # noqa: E731
-    acc = _product(state[0], columns(old, state[0])) + _product(part[0], columns(new, part[0]))
-    return acc, top, _product(state[2], old) + _product(part[2], new)
+    acc = rounded_product(state[0], columns(old, state[0])) + rounded_product(part[0], columns(new, part[0]))
+    return acc, top, rounded_product(state[2], old) + rounded_product(part[2], new)
   tile, column = _layouts(state[0], 1)
   shapes = [
     plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=y) for x, y in zip(state, (tile, column, column), strict=True)
@@ -445,13 +427,13 @@ def finish(state: tuple[Any, ...], sink: Any, factor: float, *, axis: int = 0, i
   if interpret:
     acc, top, total = state
     spread = (lambda x: x) if acc.ndim == 1 else lambda x: lax.broadcast_in_dim(x, acc.shape, [axis])
-    both = _product(top, factor)
+    both = rounded_product(top, factor)
     if sink is not None:
-      sink = _product(sink, LOG2_E)
+      sink = rounded_product(sink, LOG2_E)
       both, old = jnp.maximum(jnp.maximum(both, sink), -1e30), both
       scaled = jnp.exp2(old - both)
       acc = acc * spread(scaled)
-      total = _product(total, scaled) + jnp.exp2(sink - both)
+      total = rounded_product(total, scaled) + jnp.exp2(sink - both)
     inverse = jnp.where(total > 0, 1 / total, 0.0)
     lse = jnp.where(total > 0, (both + jnp.log2(total)) * LN_2, -jnp.inf)
     return acc * spread(inverse), lse
@@ -490,7 +472,7 @@ def finish(state: tuple[Any, ...], sink: Any, factor: float, *, axis: int = 0, i
   return divide(*state, *([] if sink is None else [sink]))
 
 
-def _product(x: Any, y: Any) -> Any:
+def rounded_product(x: Any, y: Any) -> Any:
   """x y, rounded: between it and a sum, bounds that nothing exceeds keep XLA on a CPU from making an fma of both."""
   return lax.clamp(-3e38, x * y, 3e38)
 

@@ -218,10 +218,8 @@ class Segments(NamedTuple):
 
     Sequences of about the same length are not cut if `enough` lanes fetch at a time all the same.
     """
-    size, longest = (
-      cdiv(jnp.maximum(total - COST, 0), count),
-      jnp.maximum(longest, 1),
-    )  # nothing begins in the last cost
+    size = cdiv(jnp.maximum(total - COST, 0), count)  # nothing begins in the last cost
+    longest = jnp.maximum(longest, 1)
     is_enough = (longest * enough <= total * num_kv_heads) & (longest * batch <= 2 * total)
     return cls(jnp.where(is_enough, lax.div(size + longest - 1, longest) * longest, size), count)
 
@@ -256,11 +254,6 @@ class Line:
     """Tiles of the longest of the sequences that have fewer than `bound`; 0 if none has any."""
     (longest,) = self._loop(lambda b, n, top: (jnp.maximum(top, jnp.where(n < bound, n, 0)),), jnp.int32(0))
     return self._reduce("max", longest)
-
-  def start(self, b: Any) -> Any:
-    """Where sequence b begins."""
-    (total,) = self._loop(lambda other, n, total: (total + jnp.where(other < b, n, 0),), jnp.int32(0))
-    return self._reduce("add", total)
 
   def find(self, *places: Any) -> list[tuple[Any, Any]]:
     """The sequence that holds each place, and where it begins; the number of sequences if the line ends before."""
@@ -622,10 +615,8 @@ def forward(
 
       # One size after the other: what one keeps in registers is not in the other's way.
       done = jnp.int32(0)
-      for size, columns in enumerate(sizes):
-        columns = (
-          MOST_COLUMNS if is_interpreted else columns
-        )  # on a CPU a column's rounding hangs on how many there are
+      for size in range(len(sizes)):
+        columns = MOST_COLUMNS if is_interpreted else sizes[size]  # a CPU rounds a column by how many there are
         has_state = is_folded and size == 0
         state = nothing(columns) if has_state else ()
         done, *_ = over_chunks(lane, size, functools.partial(one_chunk, columns, has_state), (done, *state))
