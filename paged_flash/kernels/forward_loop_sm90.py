@@ -69,6 +69,9 @@ class Loop:
   cut: Callable[[Any, Any, Any, jax.Array], jax.Array]
   ends: Callable[[Any], tuple[Any, Any, Any]]  # of an item: (begin, end, n)
   write: Callable[[Any, jax.Array, jax.Array, jax.Array], None]  # (item, O, row_max, row_sum), unfinished
+  put_first: Callable[[Any], None] | None = (
+    None  # the warpgroup's queries of the first item in their place, if not there
+  )
 
   @property
   def factor(self) -> float:
@@ -212,6 +215,8 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
     loop.write(work, acc, row_max, row_sum)
     return upcoming, (done + n, query, *next_row_state)
 
+  if loop.put_first is not None:
+    loop.put_first(loop.item(first))
   query = take_query(0)
   s = scores(lhs(query, 0), 0)
   prob, row_max, row_sum, _ = softmax(loop.item(first), 0, 0, s, *fresh(), first_masked)

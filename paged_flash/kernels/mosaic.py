@@ -156,7 +156,7 @@ def down(x: jax.Array, like: jax.Array) -> jax.Array:
   return lax.broadcast_in_dim(x, like.shape, [1])
 
 
-def cdiv(a: Any, b: int) -> Any:
+def cdiv(a: Any, b: Any) -> Any:
   """a / b rounded up, for a >= 0."""
   return -(-a // b) if isinstance(a, int) else lax.div(a + jnp.int32(b - 1), jnp.int32(b))
 

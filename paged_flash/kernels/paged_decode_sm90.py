@@ -41,7 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from paged_flash.kernels import columns_sm90, mosaic, rings_sm90
+from paged_flash.kernels import columns_sm90, mosaic, rings_sm90, rows_sm90
 from paged_flash.kernels.mosaic import COLUMN, LOG2_E, ROW, Rows, cdiv, divide
 from paged_flash.kernels.problem import PagedOperands, PagedProblem
 from paged_flash.kernels.rings_sm90 import Ring
@@ -50,9 +50,11 @@ MOST_COLUMNS = 64  # of a tile: query heads of a KV head, for some query tokens
 CHUNK = 512  # tokens of a chunk, at least
 ENOUGH_ITEMS = 256  # of one sequence: they occupy a GPU
 ENOUGH_LANES = 128  # that fetch at the same time: they read almost as fast as memory can
+WIDE_COST = 2  # of a tile of `MOST_COLUMNS`, in tiles of 8
 COST = 1  # of a sequence besides its tiles, in tiles: its queries, and its result
 AT_ONCE = 16  # parts that the second kernel reads at a time
-THREADS = 128  # of a block of it, each with one column of a row of O
+THREADS = 128  # of a block of it
+PER_THREAD = 4  # columns of a row of O, each with the weights that they have in common
 
 
 class Chunks(NamedTuple):
@@ -106,27 +108,22 @@ def tile_columns(problem: PagedProblem, chunks: Chunks) -> tuple[int, ...]:
 class Units(NamedTuple):
   """Sequences that share leading chunks, together: their queries are columns of one tile, and K and V are read once.
 
-  A chunk's result in a column depends on nothing but the column's query, so that sharing changes no bit.
+  Those of one query token that share as many chunks, of the same size, with the same leader are a family; as many of a
+  family as fit a tile are a unit. A chunk's result in a column depends on nothing but the column's query, so that
+  sharing changes no bit.
   """
 
-  sizes: (
-    Any  # i32[B], how many sequences are in the unit that has a sequence's number, its first one's; 0 or at least 2
-  )
-  tokens: Any  # i32[B * M], their query tokens
-  places: Any  # i32[B * M], where their parts begin, in groups of rows
-  chunks: Any  # i32[B], how many chunks of each sequence its unit computes
-  of: Any  # i32[B], each sequence's unit, or -1
+  chunks: Any  # i32[B], how many chunks of each sequence its unit computes; 0 if it is in none
+  work: Any  # i32[B], chunks of all units of the family whose first sequence this is; 0 for others
+  size: Any  # i32[B], sequences of each sequence's family
+  place: Any  # i32[B], each sequence's place in an order in which families lie together
+  tokens: Any  # i32[B], in this order, their query tokens
+  parts: Any  # i32[B], in this order, where their parts begin, in groups of rows
 
 
 def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: PagedOperands) -> Units | None:
-  """The units of a call's sequences, by what `operands.leaders` and `shared_pages` say; None where there can be none.
-
-  Sequences with one query token are one unit if they share as many chunks, of the same size, with the same leader; of
-  more than fit a tile the next are another.
-  """
+  """The units of a call, by what `operands.leaders` and `shared_pages` say; None where there can be none."""
   p = problem
-  group = p.num_heads // p.num_kv_heads
-  most = MOST_COLUMNS // group
   if not has_units(p, chunks):
     return None
   assert operands.leaders is not None and operands.shared_pages is not None
@@ -138,26 +135,25 @@ def make_units(problem: PagedProblem, chunks: Chunks, block_kv: int, operands: P
     shared = jnp.where(jnp.diff(starts) == 1, shared, 0)
   alike = [x[:, None] == x for x in (operands.leaders, size, shared)]
   alike = functools.reduce(jnp.logical_and, alike) & (shared > 0)  # bool[B, B]
-  place = jnp.sum(alike & (index < index[:, None]), 1, dtype=jnp.int32)  # of a sequence among those like it
-  first = place - place % most  # and that of the first of its unit
-  sizes = jnp.minimum(jnp.sum(alike, 1, dtype=jnp.int32) - first, most)
-  shared = jnp.where(sizes > 1, shared, 0)
-  # All by sums and maxima over small matrices: each is one kernel, in every step.
-  lead = jnp.min(jnp.where(alike & (place == first[:, None]), index, p.batch), 1)  # the first of its unit
-  of = jnp.where(shared > 0, lead, -1)
-  width = cdiv(MOST_COLUMNS, group)
+  # All by sums, minima and maxima over small matrices: each is one kernel, in every step.
+  members = jnp.sum(alike, 1, dtype=jnp.int32)
+  first = jnp.min(jnp.where(alike, index, p.batch), 1)
+  shared = jnp.where(members > 1, shared, 0)
+  rank = jnp.where(members > 1, first, p.batch)
+  is_before = (rank < rank[:, None]) | ((rank == rank[:, None]) & (index < index[:, None]))
+  place = jnp.sum(is_before, 1, dtype=jnp.int32)
   rows = chunks.max_count * p.num_kv_heads * min(p.max_query_len, max_tokens(p))
-  row = jnp.where(of < 0, -1, of * width + place - first)
-  is_it = row == jnp.arange(p.batch * width)[:, None]
+  is_it = place == index[:, None]
   of_rows = [index if starts is None else starts[:-1], index * rows]
-  tokens, places = (jnp.max(jnp.where(is_it, x, 0), 1) for x in of_rows)
-  return Units(jnp.where(of == index, sizes, 0), tokens, places, chunks=shared, of=of)
+  tokens, parts = (jnp.max(jnp.where(is_it, x, 0), 1) for x in of_rows)
+  work = jnp.where(first == index, shared * cdiv(members, max_tokens(p)), 0)
+  return Units(shared, work, members, place, tokens, parts)
 
 
 class Sequence(NamedTuple):
   """One sequence: its query tokens, which keys they see, and the tiles [low, high) and chunks of these keys.
 
-  Or, past the last sequence, one of `Units`: the queries of its sequences, and the chunks that they share.
+  Or one of `Units`: the queries of its sequences, and the chunks that they share.
   """
 
   row: Any  # of the page table
@@ -171,7 +167,7 @@ class Sequence(NamedTuple):
   chunk: Any  # tiles
   count: Any  # chunks; 0 if it has nothing to do here
   begin: Any  # the first chunk that no unit computes
-  unit: Any  # it is this one of the units, if not negative; None: there are none
+  unit: Any  # the place of its first sequence in `Units.tokens`; -1: it is a sequence
 
 
 def sequence(
@@ -179,38 +175,44 @@ def sequence(
 ) -> Sequence:
   """Reads sequence b's lengths; `starts` is None where every sequence has one token."""
   p: PagedProblem = problem
-  unit: Any = None
-  p, row, begin = problem, b, 0
-  if units is not None:
-    unit = b - p.batch
-    row = jnp.where(unit < 0, b, unit)
-    begin = units.chunks[row]
-  first, query_len = (row, 1) if starts is None else (starts[row], starts[row + 1] - starts[row])
-  kv_len = kv_lens[row]
+  first, query_len = (b, 1) if starts is None else (starts[b], starts[b + 1] - starts[b])
+  kv_len = kv_lens[b]
   first_key = 0 if p.window is None else jnp.maximum(kv_len - query_len - p.window, 0)
   low, high = lax.div(first_key, jnp.int32(block_kv)) if p.window is not None else 0, cdiv(kv_len, block_kv)
   chunk = chunks.size(high - low)
   count = jnp.maximum(1 if chunks.max_count == 1 else lax.div(high - low + chunk - 1, jnp.int32(chunk)), 1)
   if starts is not None:
     count = jnp.where((query_len > 0) & (query_len <= max_tokens(p)), count, 0)
-  offset = kv_len - query_len
-  if units is not None:
-    size = units.sizes[row]
-    shared = begin * chunk
-    query_len = jnp.where(unit < 0, query_len, size)
-    kv_len = jnp.where(unit < 0, kv_len, shared * block_kv)
-    offset = jnp.where(unit < 0, offset, kv_len - 1)
-    high = jnp.where(unit < 0, high, shared)
-    count = jnp.where(unit < 0, count, jnp.where(size > 0, begin, 0))
-    begin = jnp.where(unit < 0, begin, 0)
-  return Sequence(row, first, query_len, kv_len, offset, first_key, low, high, chunk, count, begin, unit)
+  begin = 0 if units is None else units.chunks[b]
+  return Sequence(b, first, query_len, kv_len, kv_len - query_len, first_key, low, high, chunk, count, begin, -1)
+
+
+def shared_chunk(
+  problem: PagedProblem, chunks: Chunks, block_kv: int, kv_lens: Any, units: Units, b: Any, n: Any
+) -> tuple[Sequence, Any]:
+  """The n-th of the chunks of a family, whose first sequence is b: its unit, and its number there.
+
+  They are in order of their numbers: units meet the same pages at the same time, and find them in the L2 cache.
+  """
+  size, most = units.size[b], max_tokens(problem)
+  num_units = jnp.maximum(cdiv(size, most), 1)
+  number, unit = lax.div(n, num_units), lax.rem(n, num_units)
+  count, chunk = units.chunks[b], chunks.size(cdiv(kv_lens[b], block_kv))
+  query_len, shared = jnp.minimum(size - unit * most, most), count * chunk
+  kv_len, place = shared * block_kv, units.place[b] + unit * most
+  return Sequence(b, 0, query_len, kv_len, kv_len - 1, 0, 0, shared, chunk, count, 0, place), number
 
 
 class Segments(NamedTuple):
-  """The line of tiles of a KV head, sequence after sequence, `COST` after each, cut into equal segments."""
+  """The line of tiles of a KV head, sequence after sequence, `COST` after each, cut into segments, one for each lane.
+
+  All are of the same size but the first ones, whose lanes compute a chunk of a unit more.
+  """
 
   size: Any  # tiles
   count: int  # that lanes are ready for; the line may end before
+  first_size: Any = 0
+  first: Any = 0  # how many are of that size
 
   @classmethod
   def cut(cls, count: int, batch: int, num_kv_heads: int, enough: int, total: Any, longest: Any) -> "Segments":
@@ -222,6 +224,23 @@ class Segments(NamedTuple):
     longest = jnp.maximum(longest, 1)
     is_enough = (longest * enough <= total * num_kv_heads) & (longest * batch <= 2 * total)
     return cls(jnp.where(is_enough, lax.div(size + longest - 1, longest) * longest, size), count)
+
+  def beside(self, total: Any, shared: Any, cost: Any) -> "Segments":
+    """Those of the same line for lanes that compute `shared` chunks of units in turn as well, `cost` tiles in all."""
+    each, more = lax.div(shared, jnp.int32(self.count)), lax.rem(shared, jnp.int32(self.count))
+    of_one = cdiv(cost, jnp.maximum(shared, 1))
+    first_size = jnp.maximum(cdiv(total + cost, self.count) - (each + 1) * of_one, 0)
+    size = cdiv(jnp.maximum(total - more * first_size, 0), self.count - more)
+    values = zip((size, first_size, more), (self.size, 0, 0), strict=True)
+    size, first_size, more = (jnp.where(shared > 0, x, y) for x, y in values)
+    return Segments(size, self.count, first_size, more)
+
+  def bounds(self, n: Any) -> tuple[Any, Any]:
+    """The tiles [low, high) of the n-th."""
+    if isinstance(self.first, int):
+      return n * self.size, (n + 1) * self.size
+    begin = lambda n: jnp.minimum(n, self.first) * self.first_size + jnp.maximum(n - self.first, 0) * self.size  # noqa: E731
+    return begin(n), begin(n + 1)
 
 
 class Line:
@@ -307,11 +326,10 @@ def forward(
   is_interpreted = interpret is not None
   factor = LOG2_E * (p.scale if p.soft_cap is None else p.soft_cap)
   sizes = tile_columns(p, chunks)
-  store = functools.partial(columns_sm90.store, turned=p.has_scales, interpret=is_interpreted)
   units = make_units(p, chunks, block_kv, operands)
-  num_units = 0 if units is None else units.sizes.size
-  width = cdiv(MOST_COLUMNS, group)  # of a row of units.tokens
   look = functools.partial(sequence, p, chunks, block_kv)
+  # Widened keys are a left operand, whose rows they must be.
+  has_rows = len(sizes) > 1 and sizes[-1] == MOST_COLUMNS and not p.has_scales
   # Two accumulators of head_dim 128 and 64 columns are more than the registers of a warpgroup.
   is_folded = chunks.max_count > 1 and D * sizes[0] <= 64 * MOST_COLUMNS
 
@@ -319,38 +337,34 @@ def forward(
     """Whether a sequence or unit wants the second size of tiles, whose chunks are a part each."""
     return s.query_len * group > sizes[0]
 
-  def on_line(i):
-    """Number of the i-th on the line: units come before sequences."""
-    return i if units is None else jnp.where(i < num_units, i + p.batch, i - num_units)
-
   def lay(starts, kv_lens, units):
-    """The line of tiles, and its segments."""
+    """The line of what sequences have for themselves, its segments, and the line of families and what they share."""
 
-    def length(i):
-      s = look(starts, kv_lens, units, on_line(i))
+    def own(b):
+      s = look(starts, kv_lens, units, b)
       return jnp.where(s.count > s.begin, jnp.maximum(s.high - s.low - s.begin * s.chunk, 1) + COST, 0)
 
-    def make(count, length):
-      return Line(count, length, interpret=is_interpreted)
-
-    line = make(p.batch + num_units, length)
+    line = Line(p.batch, own, interpret=is_interpreted)
     enough = num_lanes if p.has_scales else ENOUGH_LANES  # widening keeps a lane busier than memory does
-    measured = line.measure()
-    cut = lambda count: Segments.cut(count, p.batch, K, enough, *measured)  # noqa: E731
+    total, longest = line.measure()
+    segments = Segments.cut(num_segments, p.batch, K, enough, total, longest)
     if units is None:
-      return line, cut(num_segments)
-    # A segment begins where a unit does. Of more sequences than fit a unit, the next then meet the same pages at the
-    # same time, and find them in the L2 cache.
-    count, _ = make(num_units, lambda i: jnp.where(units.sizes[i] > 0, 1, 0)).measure()
-    is_aligned = 2 * count <= num_segments
-    segments = cut(num_segments - jnp.where(is_aligned, count, 0))
-    up = lambda tiles: lax.div(tiles + segments.size - 1, segments.size) * segments.size  # noqa: E731
-    padded = lambda i: jnp.where((i < num_units) & is_aligned, up(length(i)), length(i))  # noqa: E731
-    return make(p.batch + num_units, padded), segments
+      return line, segments, None, 0
+    families = Line(p.batch, lambda b: units.work[b], interpret=is_interpreted)
+    costs = lambda b: units.work[b] * chunks.size(cdiv(kv_lens[b], block_kv)) * WIDE_COST  # noqa: E731
+    (shared, _), (cost, _) = families.measure(), Line(p.batch, costs, interpret=is_interpreted).measure()
+    return line, segments.beside(total, shared, cost), families, shared
 
   def chunks_before(s, tiles):
     """The first chunk that does not begin in the first `tiles` tiles of a sequence on the line."""
     return s.begin + jnp.clip(lax.div(tiles + s.chunk - 1, jnp.int32(s.chunk)), 0, s.count - s.begin)
+
+  def store(pairs, rows, in_rows):
+    if in_rows:
+      for ref, x in pairs:
+        mosaic.store_rows(ref, rows, x, interpret=is_interpreted)
+    else:
+      columns_sm90.store(pairs, rows, turned=p.has_scales, interpret=is_interpreted)
 
   def with_sink(s, sink):
     return sink + jnp.where(s.kv_len > 0, 0.0, -jnp.inf)
@@ -364,32 +378,58 @@ def forward(
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
 
     def over_chunks(lane, size, body, carry):
-      """carry = body(b, sequence b, mine, head, chunk, carry) for all chunks of a lane with that size of tiles.
+      """carry = body(sequence or unit, mine, head, chunk, carry) for all chunks of a lane with that size of tiles.
 
-      Of each sequence and head, the chunks in the range `mine` [first, past) are the lane's. Returns the last carry.
+      Of each sequence or unit, the chunks in the range `mine` [first, past) are the lane's. Returns the last carry.
       """
-      line, segments = lay(*lens)
+      line, segments, families, shared = lay(*lens)
+      # Narrow tiles are of sequences only, and wide ones of units only where no sequence has several tokens.
+      has_units, has_sequences = size == len(sizes) - 1 and units is not None, size == 0 or max_rows > sizes[0]
 
-      def of_unit(n, carry):
+      def of_segment(n, carry):
         segment, head = divide(lane * num_blocks + block + n * num_lanes, K)
-        low = segment * segments.size
-        high = low + segments.size
-        (b_low, place), (b_high, _) = line.find(low, high - 1)
+        num_shared = first_b = past_b = place = jnp.int32(0)
+        low = high = 0
+        if has_sequences:
+          low, high = segments.bounds(segment)
+          (first_b, place), (last, _) = line.find(low, high - 1)
+          past_b = jnp.minimum(last + 1, p.batch)
+        if has_units:
+          num_shared = cdiv(jnp.maximum(shared - segment, 0), num_segments)
 
-        def of_sequence(i, carry):
-          place, carry = carry
-          b = on_line(i)
+        def shared_one(n):
+          place = segment + n * num_segments
+          ((b, begin),) = families.find(place)
+          s, chunk = shared_chunk(p, chunks, block_kv, kv_lens, units, b, place - begin)
+          return s, chunk, chunk + 1
+
+        def own_one(b, place):
           s = look(*lens, b)
           first, past = chunks_before(s, low - place), chunks_before(s, high - place)
           if len(sizes) > 1:
             past = jnp.where(is_wide(s) == (size > 0), past, first)
-          carry = lax.fori_loop(first, past, functools.partial(body, b, s, (first, past), head), carry)
-          return place + line.length(i), carry
+          return s, first, past
 
-        return lax.fori_loop(b_low, jnp.minimum(b_high + 1, line.batch), of_sequence, (place, carry))[1]
+        def one(i, carry):
+          place, carry = carry
+          b = first_b + i - num_shared
+          if not has_units:
+            found = own_one(b, place)
+          elif not has_sequences:
+            found = shared_one(i)
+          else:
+            both = shared_one(jnp.minimum(i, num_shared - 1)), own_one(jnp.maximum(b, 0), place)
+            found = jax.tree.map(functools.partial(jnp.where, i < num_shared), *both)
+          s, first, past = found
+          carry = lax.fori_loop(first, past, functools.partial(body, s, (first, past), head), carry)
+          if has_sequences:
+            place += jnp.where(i < num_shared, 0, line.length(jnp.maximum(b, 0))) if has_units else line.length(b)
+          return place, carry
+
+        return lax.fori_loop(0, num_shared + jnp.maximum(past_b - first_b, 0), one, (place, carry))[1]
 
       count = cdiv(jnp.maximum(num_segments * K - (lane * num_blocks + block), 0), num_lanes)
-      return lax.fori_loop(0, count, of_unit, carry)
+      return lax.fori_loop(0, count, of_segment, carry)
 
     def chunk_tiles(s, chunk):
       low = s.low + chunk * s.chunk
@@ -411,7 +451,7 @@ def forward(
     def fetch(lane):
       rings = rings_of(lane)
 
-      def one_chunk(b, s, mine, head, chunk, done):
+      def one_chunk(s, mine, head, chunk, done):
         low, high = chunk_tiles(s, chunk)
         first_page, last_page = visible_pages(s)
 
@@ -438,7 +478,7 @@ def forward(
         return done + high - low
 
       done = jnp.int32(0)
-      for size in range(len(sizes)):
+      for size in reversed(range(len(sizes))):
         done = over_chunks(lane, size, one_chunk, done)
       for ring in rings:
         ring.drain(done)
@@ -467,14 +507,16 @@ def forward(
       parts = [of_rows(page_id, pl.ds(row, size), key) for page_id, key in zip(page_ids, keys, strict=True)]
       return [jnp.concatenate(x) for x in zip(*parts, strict=True)]
 
-    def nothing(columns):
+    def nothing(columns, in_rows):
+      if in_rows:
+        return rows_sm90.nothing(D)
       per_column = lambda value: mosaic.full((columns,), value, COLUMN)  # noqa: E731
       return mosaic.full((D, columns), 0.0), per_column(-jnp.inf), per_column(0.0)
 
     def compute(lane):
       k_ring, v_ring = rings_of(lane)
 
-      def one_chunk(columns, is_folded, b, s, mine, head, chunk, carry):
+      def one_chunk(columns, is_folded, in_rows, s, mine, head, chunk, carry):
         done, *state = carry
 
         def of_lane(x):
@@ -486,9 +528,9 @@ def forward(
 
         low, high = chunk_tiles(s, chunk)
         rows = Rows(s.first_token * H + head * group, s.query_len * group, group, H)
-        if units is not None:
+        if not isinstance(s.unit, int):
           first = jnp.where(s.unit < 0, rows.first, head * group)
-          rows = rows._replace(first=first, index=units.tokens, at=s.unit * width)
+          rows = rows._replace(first=first, index=units.tokens, at=s.unit)
 
         def put_scales(i, values):
           """Those of a chunk's tile, the i-th that the lane computes."""
@@ -507,6 +549,11 @@ def forward(
 
         def cut(scores, column):
           """-inf where a query does not see a key: query token i sees [i + offset - window, i + offset]."""
+          if in_rows:
+            row = plgpu.broadcasted_iota(jnp.int32, (MOST_COLUMNS,), 0, layout=ROW)
+            last = lax.div(row, jnp.int32(group)) + (s.offset - column)
+            first = None if p.window is None else last - p.window
+            return mosaic.keep(scores, first, jnp.minimum(last + 1, s.kv_len - column), interpret=is_interpreted)
           key = column + plgpu.broadcasted_iota(jnp.int32, (block_kv,), 0, layout=ROW)
           first = jnp.where(key < s.kv_len, (key - s.offset) * group, MOST_COLUMNS)
           past = None if p.window is None else (key - s.offset + (p.window + 1)) * group
@@ -526,6 +573,8 @@ def forward(
             keys = columns_sm90.widen(k_tile, turned=False, interpret=is_interpreted)
             scores = columns_sm90.product(keys, columns_of(q_smem), interpret=is_interpreted)
             scores = columns_sm90.scale_rows(scores, k_scales, interpret=is_interpreted)
+          elif in_rows:
+            scores = rows_sm90.scores(of_lane(q_smem), k_tile, interpret=is_interpreted)
           else:
             scores = columns_sm90.product(k_tile, columns_of(q_smem), interpret=is_interpreted)
           k_ring.release(i)
@@ -533,12 +582,16 @@ def forward(
             scores = jnp.tanh(scores * (p.scale / p.soft_cap))
           if masked:
             scores = cut(scores, column)
-          prob, (acc, top, total) = columns_sm90.softmax_step(
-            scores, (acc, top, total), factor, of_lane(warps_smem), masked=masked, interpret=is_interpreted
-          )
+          state, options = (acc, top, total), dict(masked=masked, interpret=is_interpreted)
+          if in_rows:
+            prob, (acc, top, total) = rows_sm90.softmax_step(scores, state, factor, **options)
+          else:
+            prob, (acc, top, total) = columns_sm90.softmax_step(scores, state, factor, of_lane(warps_smem), **options)
           if p.has_scales:
             prob = columns_sm90.scale_rows(prob, v_scales, interpret=is_interpreted)
-          columns_sm90.put(prob.astype(dtype), columns_of(p_smem), interpret=is_interpreted)
+          prob = prob.astype(dtype)
+          if not in_rows:
+            columns_sm90.put(prob, columns_of(p_smem), interpret=is_interpreted)
           v_ring.wait_full(i)
           if p.has_scales:
             values = columns_sm90.widen(v_tile, turned=True, interpret=is_interpreted)
@@ -553,8 +606,12 @@ def forward(
                 before = None if p.window is None else s.first_key - column
                 mosaic.zero_rows(v_tile, s.kv_len - column, before, interpret=is_interpreted)
 
-            plgpu.commit_smem()
-            acc = columns_sm90.product(v_tile, columns_of(p_smem), acc, turned=True, interpret=is_interpreted)
+            if masked or not in_rows:
+              plgpu.commit_smem()
+            if in_rows:
+              acc = rows_sm90.add_values(acc, prob, v_tile, interpret=is_interpreted)
+            else:
+              acc = columns_sm90.product(v_tile, columns_of(p_smem), acc, turned=True, interpret=is_interpreted)
           v_ring.release(i)
           return acc, top, total, *page_ids
 
@@ -563,33 +620,34 @@ def forward(
         if p.window is not None:
           begin = jnp.clip(cdiv(jnp.maximum(s.kv_len - 1 - p.window, 0), block_kv), low, high)
           end = jnp.maximum(begin, end)
-        running: Any = nothing(columns)
+        running: Any = nothing(columns, in_rows)
         if p.has_scales:
           running = *running, scale_pages(s, jnp.minimum(low + 1, jnp.maximum(high, 1) - 1))
         for masked, start, stop in ((True, low, begin), (False, begin, end), (True, end, high)):
           if start is not stop:
             running = lax.fori_loop(start, stop, functools.partial(one_tile, masked=masked), running)
         acc, top, total = running[:3]
-        plgpu.commit_smem()  # all have read what is over the warps
-        result = acc, top, columns_sm90.total(total, of_lane(warps_smem), interpret=is_interpreted)
+        if in_rows:
+          result = acc, top, rows_sm90.total(total, interpret=is_interpreted)
+        else:
+          plgpu.commit_smem()  # all have read what is over the warps
+          result = acc, top, columns_sm90.total(total, of_lane(warps_smem), interpret=is_interpreted)
         if not is_folded:
-          is_whole = s.count == 1 if units is None else (s.count == 1) & (s.unit < 0)
+          is_whole = (s.count == 1) & (s.unit < 0)
           if chunks.max_count > 1:
-            pl.when(~is_whole)(lambda: write_part(b, s, chunk, head, rows.count, result))
-            pl.when(is_whole)(lambda: write(s, head, rows, result))
+            pl.when(~is_whole)(lambda: write_part(s, chunk, head, rows.count, result, in_rows))
+            pl.when(is_whole)(lambda: write(s, head, rows, result, in_rows))
           else:
-            write(s, head, rows, result)
+            write(s, head, rows, result, in_rows)
           return done + high - low, *state
         first, past = mine
-        state = lax.cond((chunk == 0) | (first > 0), lambda: nothing(columns), lambda: tuple(state))
+        state = lax.cond((chunk == 0) | (first > 0), lambda: nothing(columns, False), lambda: tuple(state))
         state = mosaic.fold(state, result, factor, interpret=is_interpreted)
         is_whole = (first == 0) & (past == s.count)
-        if units is not None:
-          is_whole &= s.unit < 0
         is_part = (first > 0) | ((chunk == past - 1) & ~is_whole)
-        pl.when(chunk == 0)(lambda: put_first(b * K + head, past))
+        pl.when(chunk == 0)(lambda: put_first(s.row * K + head, past))
         pl.when(is_whole & (chunk == past - 1))(lambda: write(s, head, rows, state))
-        pl.when(is_part)(lambda: write_part(b, s, jnp.where(first > 0, chunk, 0), head, rows.count, state))
+        pl.when(is_part)(lambda: write_part(s, jnp.where(first > 0, chunk, 0), head, rows.count, state))
         return done + high - low, *state
 
       def put_first(index, past):
@@ -598,28 +656,33 @@ def forward(
         else:
           mosaic.store_value(firsts[0], index, None, past, mosaic.thread() == 0)
 
-      def write(s, head, rows, state):
+      def write(s, head, rows, state, in_rows=False):
         sink = None
         if sinks is not None:
           of_heads = Rows(head * group, s.query_len * group, group, 0)
-          sink = with_sink(s, columns_sm90.load(sinks, of_heads, len(state[1]), interpret=is_interpreted))
-        out, lse = mosaic.finish(state, sink, factor, axis=1, interpret=is_interpreted)
-        store([(out_gmem, out.astype(dtype)), (lse_gmem, lse)], rows)
+          if in_rows:
+            sink = mosaic.load_rows(sinks, of_heads, interpret=is_interpreted)
+          else:
+            sink = columns_sm90.load(sinks, of_heads, len(state[1]), interpret=is_interpreted)
+          sink = with_sink(s, sink)
+        out, lse = mosaic.finish(state, sink, factor, axis=0 if in_rows else 1, interpret=is_interpreted)
+        store([(out_gmem, out.astype(dtype)), (lse_gmem, lse)], rows, in_rows)
 
-      def write_part(b, s, part, head, count, state):
-        rows = Rows(((b * chunks.max_count + part) * K + head) * max_rows, count)
-        if units is not None:
+      def write_part(s, part, head, count, state, in_rows=False):
+        rows = Rows(((s.row * chunks.max_count + part) * K + head) * max_rows, count)
+        if not isinstance(s.unit, int):
           first = jnp.where(s.unit < 0, rows.first, (part * K + head) * max_rows)
-          rows = Rows(first, count, group, group, index=units.places, at=s.unit * width)
-        store([*zip(parts, state, strict=True)], rows)
+          rows = Rows(first, count, group, group, index=units.parts, at=s.unit)
+        store([*zip(parts, state, strict=True)], rows, in_rows)
 
       # One size after the other: what one keeps in registers is not in the other's way.
       done = jnp.int32(0)
-      for size in range(len(sizes)):
+      for size in reversed(range(len(sizes))):
         columns = MOST_COLUMNS if is_interpreted else sizes[size]  # a CPU rounds a column by how many there are
-        has_state = is_folded and size == 0
-        state = nothing(columns) if has_state else ()
-        done, *_ = over_chunks(lane, size, functools.partial(one_chunk, columns, has_state), (done, *state))
+        has_state, in_rows = is_folded and size == 0, has_rows and size == 1
+        state = nothing(columns, False) if has_state else ()
+        of_size = functools.partial(one_chunk, columns, has_state, in_rows)
+        done, *_ = over_chunks(lane, size, of_size, (done, *state))
 
     if not is_interpreted:
       rings_sm90.start(k_barriers, v_barriers)
@@ -639,36 +702,37 @@ def forward(
 
   def merge(part_gmem, top_gmem, total_gmem, firsts, starts, kv_lens, units, sinks, out_gmem, lse_gmem):
     lens = starts, kv_lens, units
-    b, slices = lax.axis_index("b"), max(1, D // THREADS)
+    b = lax.axis_index("b")
     head, some_rows = divide(lax.axis_index("rows"), row_blocks)
-    column = lax.axis_index("slice") * THREADS
-    s = first = look(*lens, b)
-    where, has_unit = b, False
-    if units is not None:
-      has_unit = units.of[b] >= 0
-      where = jnp.where(has_unit, p.batch + units.of[b], b)
-      first = look(*lens, where)
+    s = look(*lens, b)
+    has_unit = s.begin > 0
 
     def fold_parts(done):
       def one_row(row, columns):
         def part(chunk):
           index = ((b * chunks.max_count + chunk) * K + head) * max_rows + row
-          return part_gmem[index, columns], top_gmem[index], total_gmem[index]
+          return *(part_gmem[index, x] for x in columns), top_gmem[index], total_gmem[index]
+
+        def fold(state, more):
+          """Of several accumulators with one greatest score and one sum."""
+          ends = state[-2:], more[-2:]
+          pairs = [mosaic.fold((x, *ends[0]), (y, *ends[1]), factor, interpret=is_interpreted)
+                   for x, y in zip(state[:-2], more[:-2], strict=True)]  # fmt: skip
+          return *(acc for acc, *_ in pairs), *pairs[0][1:]
 
         def some(step, state):
           first = done + step * AT_ONCE
           loaded = [part(jnp.minimum(first + n, s.count - 1)) for n in range(AT_ONCE)]
           for n, x in enumerate(loaded):
-            more = mosaic.fold(state, x, factor, interpret=is_interpreted)
-            state = tuple(jnp.where(first + n < s.count, y, z) for y, z in zip(more, state, strict=True))
+            state = tuple(jnp.where(first + n < s.count, y, z) for y, z in zip(fold(state, x), state, strict=True))
           return state
 
         state = lax.fori_loop(0, cdiv(s.count - done, AT_ONCE), some, part(0))
         token, query_head = divide(row, group)
         query_head += head * group
         sink = None if sinks is None else with_sink(s, sinks[query_head])
-        out, lse = mosaic.finish(state, sink, factor, interpret=is_interpreted)
-        return (s.first_token + token) * H + query_head, out.astype(dtype), lse
+        finished = [mosaic.finish((x, *state[-2:]), sink, factor, interpret=is_interpreted) for x in state[:-2]]
+        return (s.first_token + token) * H + query_head, [out.astype(dtype) for out, _ in finished], finished[0][1]
 
       def of_rows(some_rows):
         if is_interpreted:
@@ -679,45 +743,42 @@ def forward(
 
             @pl.when(row < s.query_len * group)
             def _():
-              columns = pl.ds(column, D // slices)
-              index, out, lse = one_row(row, columns)
-              out_gmem[index, columns] = out
-
-              @pl.when(column == 0)
-              def _():
-                lse_gmem[index] = lse
+              index, (out,), lse = one_row(row, [slice(None)])
+              out_gmem[index, :] = out
+              lse_gmem[index] = lse
 
         else:
-          n, columns = divide(mosaic.thread(), D // slices)
+          n, column = divide(mosaic.thread(), D // PER_THREAD)
           row = some_rows * rows_per_block + n
-          is_alive, columns = row < s.query_len * group, column + columns
-          index, out, lse = one_row(jnp.where(is_alive, row, 0), columns)
-          mosaic.store_value(out_gmem, index, columns, out, is_alive)
-          mosaic.store_value(lse_gmem, index, None, lse, is_alive & (columns == 0))
+          is_alive, columns = row < s.query_len * group, [column + n * (D // PER_THREAD) for n in range(PER_THREAD)]
+          index, outs, lse = one_row(jnp.where(is_alive, row, 0), columns)
+          for out, x in zip(outs, columns, strict=True):
+            mosaic.store_value(out_gmem, index, x, out, is_alive)
+          mosaic.store_value(lse_gmem, index, None, lse, is_alive & (column == 0))
 
       if row_blocks * rows_per_block >= max_rows:
         of_rows(some_rows)
       else:
         pl.loop(some_rows, cdiv(s.query_len * group, rows_per_block), step=row_blocks)(of_rows)
 
-    done = 1  # chunks in the first part, of the sequence or of its unit
+    done = 1  # chunks in the first part
     if firsts is not None:
-      done = firsts[where * K + head]  # nobody wrote that of a sequence which has nothing to do here
-      done = jnp.where(is_wide(first), 1, done) if len(sizes) > 1 else done
+      done = firsts[b * K + head]  # nobody wrote that of a sequence which has nothing to do here
+      done = jnp.where(has_unit | is_wide(s), 1, done) if len(sizes) > 1 else done
     has_parts = has_unit | ((s.count > 1) & (s.count > done))
     pl.when(has_parts & (some_rows * rows_per_block < s.query_len * group))(lambda: fold_parts(done))
 
-  rows_per_block = max(1, THREADS // D)
+  rows_per_block = THREADS * PER_THREAD // D
   # Where there can be long chunks too, hardly any block would have rows but those of the first token.
   row_blocks = cdiv(max_rows if p.max_query_len <= max_tokens(p) else group, rows_per_block)
-  columns = MOST_COLUMNS if is_interpreted else sizes[-1]
+  columns, most_in_columns = (MOST_COLUMNS if is_interpreted else x for x in (sizes[-1], sizes[0 if has_rows else -1]))
   parts = () if chunks.max_count == 1 else (p.batch * chunks.max_count * K * max_rows,)
   params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
   scratch = [
     mosaic.smem((lanes, columns, D), dtype),  # queries
-    mosaic.smem((lanes, columns, block_kv), dtype),  # probabilities
+    mosaic.smem((lanes, most_in_columns, block_kv), dtype),  # probabilities
     *(mosaic.smem((lanes * stages, block_kv, D), operands.k_pages.dtype) for _ in range(2)),
-    plgpu.SMEM((lanes, mosaic.WARPS, columns), jnp.float32),
+    plgpu.SMEM((lanes, mosaic.WARPS, most_in_columns), jnp.float32),
     *(rings_sm90.scratch(lanes * stages, tile_pages, interpret=is_interpreted) for _ in range(2)),
   ]
   if p.has_scales:  # of two tiles
@@ -730,7 +791,7 @@ def forward(
       jax.ShapeDtypeStruct((T * H,), jnp.float32),
       *(jax.ShapeDtypeStruct((n, D), jnp.float32) for n in parts),
       *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in 2 * parts),
-      *([jax.ShapeDtypeStruct(((p.batch + num_units) * K,), jnp.int32)] if is_folded else []),
+      *([jax.ShapeDtypeStruct((p.batch * K,), jnp.int32)] if is_folded else []),
     ),
     grid=(num_blocks,),
     grid_names=("block",),
@@ -750,8 +811,8 @@ def forward(
     plgpu.kernel(
       merge,
       out_type=(),
-      grid=(p.batch, K * row_blocks, max(1, D // THREADS)),
-      grid_names=("b", "rows", "slice"),
+      grid=(p.batch, K * row_blocks),
+      grid_names=("b", "rows"),
       num_threads=1,
       thread_name="wg",
       compiler_params=params,

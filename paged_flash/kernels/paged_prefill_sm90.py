@@ -10,7 +10,7 @@ Compute warpgroups work as `forward_loop_sm90` says. Each warp of the producer w
 waits for another's:
 
   0     walks the page table and fetches pages by TMA, one copy for each page of a tile, item after item
-  1, 2  copy queries, row by row; then write zeros for tokens that have no keys
+  1, 2  copy queries, row by row, but for the first item; then write zeros for tokens that have no keys
   3     finds the block's items in the sequences' lengths, tells all others, and cleans values that are not an item's
 
 Pages that an item does not see are never read: a page that it does see is read in their place and masked, its values
@@ -205,6 +205,12 @@ def forward(
         mosaic.store_rows(lse_gmem, rows, lse, interpret=is_interpreted)
         mosaic.store_rows(out_gmem, rows, out.astype(dtype), interpret=is_interpreted)
 
+      def put_first(work):
+        """Four warps are faster than one, and nothing goes on before these queries are there."""
+        rows, to = rows_of(work, my_first(work), ROWS), q_smem.at[0, pl.ds(warpgroup * ROWS, ROWS)]
+        mosaic.copy_rows(q_gmem, rows, to, num_threads=128, interpret=is_interpreted)
+        plgpu.commit_smem()
+
       loop = Loop(
         dtype=dtype,
         num_wgs=num_wgs,
@@ -218,6 +224,7 @@ def forward(
         cut=cut,
         ends=ends,
         write=write,
+        put_first=put_first,
       )
       tiles = Tiles(q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
       attend(loop, tiles, warpgroup, items)
@@ -262,16 +269,14 @@ def forward(
         plgpu.barrier_wait(v_empty.at[lax.rem(i, jnp.int32(stages))])
 
     def copy_queries(part):
-      """Copies half of the rows."""
+      """Copies half of the rows of all items but the first."""
       rows = block_q // 2
 
       def one_item(n, told, done):
         work, slot = item(told), lax.rem(n, jnp.int32(query_stages))
         pl.when(n >= query_stages)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
-        to = q_smem.at[slot, pl.ds(part * rows, rows)]
-        mosaic.copy_rows(
-          q_gmem, rows_of(work, work.first + part * rows, rows), to, num_threads=32, interpret=is_interpreted
-        )
+        mine, to = rows_of(work, work.first + part * rows, rows), q_smem.at[slot, pl.ds(part * rows, rows)]
+        pl.when(n > 0)(lambda: mosaic.copy_rows(q_gmem, mine, to, num_threads=32, interpret=is_interpreted))
         plgpu.barrier_arrive(q_full.at[slot])
         return done + 1
 

@@ -205,6 +205,17 @@ PREFIXES: dict[str, tuple[list[int], list[int], list[tuple[int, int]], tuple[int
 }
 
 
+def families(units: paged_decode_sm90.Units) -> dict[tuple[int, ...], int]:
+  """The sequences of each family, and how many chunks they share."""
+  order = np.argsort(units.place)
+  assert sorted(units.place) == list(range(len(order)))
+  found = {}
+  for first in np.flatnonzero(units.work):
+    place, size = int(units.place[first]), int(units.size[first])
+    found[tuple(order[place : place + size].tolist())] = int(units.chunks[first])
+  return found
+
+
 @pytest.mark.parametrize("name", PREFIXES)
 def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   kv_lens, query_lens, prefixes, heads, tiles, wanted = PREFIXES[name]
@@ -219,11 +230,9 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   problem, operands = paged_problem(**told)
   units = paged_decode_sm90.make_units(problem, paged_decode_sm90.make_chunks(problem, 64), 64, operands)
   assert units is not None
-  members = [tuple(np.flatnonzero(units.of == u).tolist()) for u in np.flatnonzero(units.sizes)]
-  assert {who: int(units.chunks[who[0]]) for who in members} == wanted
-  assert {who[0]: int(units.sizes[who[0]]) for who in members} == {who[0]: len(who) for who in wanted}
+  assert families(units) == wanted
 
-  # Nobody but the first of a unit is asked where the chunks lie that it shares.
+  # Nobody but the first of a family is asked where the chunks lie that it shares.
   pages = call["pages"].copy()
   (nobodys,) = np.isnan(call["k_pages"]).all((1, 2, 3)).nonzero()
   for who, chunks in wanted.items():
@@ -240,7 +249,7 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   assert_close(lse_told[alive], want_lse[alive])
 
 
-def test_units_are_as_large_as_they_can_be():
+def test_who_shares_as_many_chunks_with_the_same_leader_is_a_family():
   """Against sequences sorted by hand into those that share the same chunks with the same leader, a tile at a time."""
   rng = np.random.default_rng(0)
   for case in range(20):
@@ -264,22 +273,15 @@ def test_units_are_as_large_as_they_can_be():
       size = int(chunks.size(-(-int(lens[b]) // 64)))
       if query_lens[b] == 1 and (shared := pages[b] * 16 // (size * 64)):
         alike.setdefault((leaders[b], size, shared), []).append(b)
-    most = 64 // group
-    wanted = {
-      tuple(who[i : i + most]): shared
-      for (_, _, shared), who in alike.items()
-      for i in range(0, len(who), most)
-      if len(who) > i + 1
-    }
+    wanted = {tuple(who): shared for (_, _, shared), who in alike.items() if len(who) > 1}
     assert units is not None
-    of, width = np.asarray(units.of), -(-64 // group)
-    got = {tuple(np.flatnonzero(of == u).tolist()): u for u in range(len(units.sizes)) if units.sizes[u]}
-    assert {who: int(units.chunks[who[0]]) for who in got} == wanted
-    for who, u in got.items():
-      assert u == who[0] and units.sizes[u] == len(who) <= most
-      assert units.tokens[u * width : u * width + len(who)].tolist() == starts[list(who)].tolist()
-    alone = np.setdiff1d(np.arange(batch), np.concatenate([[], *got]).astype(int))
-    assert (np.asarray(units.chunks)[alone] == 0).all() and (of[alone] == -1).all()
+    assert families(units) == wanted
+    chunks_of = np.zeros(batch, int)
+    for who, shared in wanted.items():
+      chunks_of[list(who)] = shared
+      assert units.work[who[0]] == shared * -(-len(who) // (64 // group))
+      assert (units.tokens[units.place[who[0]] :][: len(who)] == starts[list(who)]).all()
+    assert (units.chunks == chunks_of).all()
 
 
 def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
@@ -290,7 +292,7 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
     total, longest = int(lengths.sum()), int(lengths.max())
     enough = int(rng.choice([64, 128, lanes]))
     tiles = jnp.int32(total), jnp.int32(longest)
-    size, count = paged_decode_sm90.Segments.cut(lanes // heads, batch, heads, enough, *tiles)
+    size, count, *_ = paged_decode_sm90.Segments.cut(lanes // heads, batch, heads, enough, *tiles)
     assert size * count >= total - paged_decode_sm90.COST  # in which nothing begins
     assert size <= -(-total // count) or size * enough <= 2 * total * heads
     assert size <= -(-total // count) or longest * batch <= 2 * total
@@ -298,10 +300,29 @@ def test_lanes_have_equal_work_and_a_batch_of_equal_lengths_is_not_cut():
       assert size % longest == 0
 
 
+def test_lanes_have_equal_work_beside_chunks_that_sequences_share():
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    count, total, longest, shared = (int(rng.integers(*x)) for x in ((1, 70), (0, 2000), (1, 200), (0, 300)))
+    of_one = int(rng.integers(2, 40))
+    cut = paged_decode_sm90.Segments.cut(count, 7, 8, 128, jnp.int32(total), jnp.int32(longest))
+    segments = cut.beside(jnp.int32(total), jnp.int32(shared), jnp.int32(shared * of_one))
+    if shared == 0:
+      assert [segments.bounds(n) for n in range(count)] == [cut.bounds(n) for n in range(count)]
+      continue
+    bounds = np.array([segments.bounds(n) for n in range(count)])
+    assert bounds[0, 0] == 0 and (bounds[1:, 0] == bounds[:-1, 1]).all() and bounds[-1, 1] >= total
+    assert (bounds[:, 0] <= bounds[:, 1]).all()
+    chunks = np.array([len(range(n, shared, count)) for n in range(count)])
+    work = np.diff(bounds.clip(max=total))[:, 0] + chunks * of_one
+    even = -(-(total + shared * of_one) // count)
+    assert work.max() <= max(even + 1, chunks.max() * of_one)
+
+
 def test_one_sequence_gives_each_lane_a_chunk():
   for chunks, chunk in ((16, 4), (33, 31), (1, 5)):
     line = jnp.int32(chunks * chunk + paged_decode_sm90.COST)
-    size, _ = paged_decode_sm90.Segments.cut(chunks, 1, 8, 128, line, line)
+    size, *_ = paged_decode_sm90.Segments.cut(chunks, 1, 8, 128, line, line)
     assert len({n * chunk // int(size) for n in range(chunks)}) == chunks
 
 

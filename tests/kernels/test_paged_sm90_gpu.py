@@ -221,7 +221,7 @@ def test_what_sequences_share_is_read_once_and_no_bit_changes(name):
   units = paged_decode_sm90.make_units(
     problem, paged_decode_sm90.make_chunks(problem, tiles["block_kv"]), tiles["block_kv"], operands
   )
-  assert units is not None and (units.sizes > 1).any()
+  assert units is not None and (units.size > 1).any()
   for x, y in zip(run(operands), ours(tuple(options.items()), arrays), strict=True):
     assert (x == y).all()
 
