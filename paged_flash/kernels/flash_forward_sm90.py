@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from paged_flash.kernels import items_sm90, mosaic
-from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend
+from paged_flash.kernels.forward_loop_sm90 import ROWS, Loop, Tiles, attend, query_in_registers
 from paged_flash.kernels.items_sm90 import Claims, Listed
 from paged_flash.kernels.mosaic import COLUMN, LN_2, LOG2_E, ROW, across, cdiv, divide, down
 from paged_flash.kernels.problem import FlashOperands, FlashProblem
@@ -163,7 +163,7 @@ def forward(
   ):  # fmt: skip
     (
       q_smem, k_smem, v_smem, o_smem, lse_smem,
-      q_full, q_empty, k_full, k_empty, v_full, v_empty, v_landed, claiming, nothing,
+      q_full, q_empty, k_full, k_empty, v_full, v_empty, claiming, nothing,
     ) = scratch  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
     ids_smem = claiming[0] if p.has_segments else None  # segment ids, a row for each slot of the ring of K
@@ -291,43 +291,65 @@ def forward(
         work, done = item(index), carry[1]
         kv_head = lax.div(work.head, jnp.int32(group))
 
-        def fetch_tile(gmem, ring, full, empty, i):
+        def fetch_tile(gmem, ring, full, empty, i, other=0):
+          """`other`: how far after its own barrier the one is that says it landed."""
           slot = lax.rem(done + i, jnp.int32(stages))
           pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
           keys = pl.ds((work.high - 1 - i) * block_kv, block_kv)
           plgpu.copy_gmem_to_smem(
-            gmem.at[work.batch, keys, kv_head], ring.at[slot], full.at[slot], collective_axes=pair
+            gmem.at[work.batch, keys, kv_head], ring.at[slot], full.at[slot + other], collective_axes=pair
           )
           if ids_smem is not None and ring is k_smem:
             plgpu.copy_gmem_to_smem(kv_ids.at[work.batch, keys], ids_smem.at[slot], full.at[slot])
 
-        @mosaic.one_warp
-        def first_tiles():
-          fetch_tile(k_gmem, k_smem, k_full, k_empty, 0)
+        def fetch_queries():
           slot = lax.rem(step, jnp.int32(query_stages))
           pl.when(step >= query_stages)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
           queries = pl.ds(work.first, block_q)
           plgpu.copy_gmem_to_smem(q_gmem.at[work.batch, queries, work.head], q_smem.at[slot], q_full.at[slot])
-          fetch_tile(v_gmem, v_smem, v_landed if p.has_kv_lens else v_full, v_empty, 0)
 
-        if p.has_kv_lens:  # what lies past the end may be NaN, and 0 * NaN is NaN
-          slot = lax.rem(done, jnp.int32(stages))
-          plgpu.barrier_wait(v_landed.at[slot])
-          past_end = jnp.maximum(work.positions.kv_len - (work.high - 1) * block_kv, 0)
-          mosaic.zero_rows(v_smem.at[slot], past_end, interpret=is_interpreted)
-          plgpu.commit_smem()
-          plgpu.barrier_arrive(v_full.at[slot])
+        def fetch_keys():
+          fetch_tile(k_gmem, k_smem, k_full, k_empty, 0)
+
+        # What lies past the end may be NaN, and 0 * NaN is NaN.
+        past_end = work.positions.kv_len - (work.high - 1) * block_kv
+        is_dirty = past_end < block_kv if p.has_kv_lens else False
+
+        @mosaic.one_warp
+        def first_tiles():
+          in_order = fetch_queries, fetch_keys
+          # What has room is not to wait for what has none before the last item's end.
+          for fetch_one in in_order if query_in_registers(num_wgs, D, interpret=is_interpreted) else in_order[::-1]:
+            fetch_one()
+          fetch_tile(v_gmem, v_smem, v_full, v_empty, 0, jnp.where(is_dirty, stages, 0) if p.has_kv_lens else 0)
+
+        if p.has_kv_lens:
+
+          @pl.when(is_dirty)
+          def clean():
+            slot = lax.rem(done, jnp.int32(stages))
+            plgpu.barrier_wait(v_full.at[slot + stages])
+            mosaic.zero_rows(v_smem.at[slot], jnp.maximum(past_end, 0), interpret=is_interpreted)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(v_full.at[slot])
 
         @plgpu.warp_map
         def other_tiles(warp):
           @pl.when(warp == 0)
           def _():
-            @pl.loop(1, work.high - work.low)
+            n = work.high - work.low
+
+            def claim_next():
+              """Early enough for the next to be known when the last tile is on its way."""
+              claim()
+
+            @pl.loop(1, n)
             def _(i):
+              pl.when(i == jnp.maximum(n - 2, 1))(claim_next)
               fetch_tile(k_gmem, k_smem, k_full, k_empty, i)
               fetch_tile(v_gmem, v_smem, v_full, v_empty, i)
 
-            claim()
+            pl.when(n == 1)(claim_next)
 
           if live is not None:
             pl.when(warp == 1)(lambda: write_nothing(index))
@@ -355,6 +377,7 @@ def forward(
   lse_rows = query_tiles * rows_together
   ring = plgpu.Barrier(num_barriers=stages)
   k_ring = plgpu.Barrier(num_arrivals=2, num_barriers=stages) if p.has_segments else ring  # ids of its tokens too
+  v_ring = plgpu.Barrier(num_barriers=2 * stages) if p.has_kv_lens else ring  # [stages:]: landed, and to be cleaned
   ring_empty = plgpu.Barrier(num_arrivals=num_wgs, num_barriers=stages)
   if cluster > 1:
     ring_empty = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=num_wgs, num_barriers=stages)
@@ -379,7 +402,7 @@ def forward(
       plgpu.SMEM((num_wgs + 1, ROWS), jnp.float32),  # the LSE; the last row is that of rows that see nothing
       plgpu.Barrier(num_barriers=query_stages),
       plgpu.Barrier(num_arrivals=num_wgs, num_barriers=query_stages),
-      *(k_ring, ring_empty, ring, ring_empty, ring),
+      *(k_ring, ring_empty, v_ring, ring_empty),
       items_sm90.scratch(num_wgs + 1, ids_of_keys) if schedule is None else None,
       None if live is None else mosaic.smem((ZERO_ROWS, out_columns), dtype),
     ),

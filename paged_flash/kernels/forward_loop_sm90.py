@@ -78,8 +78,10 @@ class Loop:
     """Of the scores as `softmax` sees them: their logarithm to the base 2."""
     return LOG2_E * (self.scale if self.soft_cap is None else self.soft_cap)
 
-  def query_in_registers(self, head_dim: int) -> bool:
-    return self.num_wgs < 3 and head_dim <= 128 and not self.interpret
+
+def query_in_registers(num_wgs: int, head_dim: int, *, interpret: bool) -> bool:
+  """Whether compute warpgroups keep an item's queries, so that the next item's may come while it is computed."""
+  return num_wgs < 3 and head_dim <= 128 and not interpret
 
 
 def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims | Told) -> None:
@@ -94,7 +96,7 @@ def attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claim
 def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Claims | Told, first: Any) -> None:
   q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
   (query_stages, _, head_dim), (stages, block_kv, value_dim) = q_smem.shape, v_smem.shape
-  query_in_registers, factor = loop.query_in_registers(head_dim), loop.factor
+  in_registers, factor = query_in_registers(loop.num_wgs, head_dim, interpret=loop.interpret), loop.factor
   first_masked = loop.masks_right or loop.masks_left or loop.masks_inside
   turn = mosaic.Turn(warpgroup, loop.num_wgs, interpret=loop.interpret)
   turn.start()
@@ -107,14 +109,14 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
     """The step's queries: in registers where they fit, else where they lie."""
     slot = lax.rem(step, jnp.int32(query_stages))
     plgpu.barrier_wait(q_full.at[slot])
-    if not query_in_registers:
+    if not in_registers:
       return None
     query = plgpu.load(q_smem.at[slot, mine], layout=plgpu.Layout.WGMMA)
     plgpu.barrier_arrive(q_empty.at[slot])
     return query
 
   def lhs(query, step):
-    return query if query_in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
+    return query if in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
 
   def softmax(work, i, k, s, row_max, row_sum, masked):
     """P of the work's tile i (slot k), not yet divided by row_sum; new statistics; the factor of what came before."""
@@ -196,7 +198,7 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
       if start is not stop:
         carry = lax.fori_loop(start, stop, functools.partial(advance, masked=masked), carry)
     acc, row_max, row_sum, prob = carry
-    if not query_in_registers:
+    if not in_registers:
       plgpu.barrier_arrive(q_empty.at[lax.rem(step, jnp.int32(query_stages))])
     if not isinstance(items, Listed):  # told when the item's last tile is on its way
       upcoming = items.listen(step + 1)
