@@ -291,7 +291,7 @@ def forward(
         work, done = item(index), carry[1]
         kv_head = lax.div(work.head, jnp.int32(group))
 
-        def fetch_tile(gmem, ring, full, empty, i, other=0):
+        def fetch_tile(gmem, ring, full, empty, i, other: Any = 0):
           """`other`: how far after its own barrier the one is that says it landed."""
           slot = lax.rem(done + i, jnp.int32(stages))
           pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))

@@ -16,13 +16,13 @@ first on are folded in registers, and written if they are all; of a sequence tha
 before it make one part, and each chunk after it another. Parts go to memory in float32, with how many chunks the first
 of them holds, and a second kernel folds them.
 
-Chunks that several sequences share (`shared_prefixes`) are computed for all of them at once: a unit of sequences is
-one more sequence on the line, whose columns are their queries, and its parts are theirs. Their own chunks are a part
-each. The fold is the same, so is every bit. A cascade that merges prefix and rest by LSE (FlashInfer, Ye et al. 2024)
-reads as little, but its results depend on who shares what.
+Chunks that several sequences share (`shared_prefixes`) are computed for as many of them at once as fit a tile: a unit,
+whose queries and parts are theirs. Lanes take such chunks in turn, and segments are cut so that who has one more has
+less of the line. Sequences' own chunks are a part each. The fold is the same, so is every bit. A cascade that merges
+prefix and rest by LSE (FlashInfer, Ye et al. 2024) reads as little, but its results depend on who shares what.
 
 Sequences of one query token have tiles of as few columns as these want, whoever else is there; those of several tokens,
-and units, have wider ones.
+and units, have wider ones, in a pass of its own, with queries as rows where they fill them (`rows_sm90`).
 
 Pages of 8 bits are fetched as they are, and widened by the warpgroup on their way into the registers from which they
 are multiplied. The scale of a token multiplies its row of S^T and of P^T, in float32.
@@ -329,7 +329,7 @@ def forward(
   units = make_units(p, chunks, block_kv, operands)
   look = functools.partial(sequence, p, chunks, block_kv)
   # Widened keys are a left operand, whose rows they must be.
-  has_rows = len(sizes) > 1 and sizes[-1] == MOST_COLUMNS and not p.has_scales
+  has_rows = sizes[0] < sizes[-1] == MOST_COLUMNS and not p.has_scales
   # Two accumulators of head_dim 128 and 64 columns are more than the registers of a warpgroup.
   is_folded = chunks.max_count > 1 and D * sizes[0] <= 64 * MOST_COLUMNS
 
@@ -337,7 +337,7 @@ def forward(
     """Whether a sequence or unit wants the second size of tiles, whose chunks are a part each."""
     return s.query_len * group > sizes[0]
 
-  def lay(starts, kv_lens, units):
+  def lay(starts, kv_lens, units) -> tuple[Line, Segments, Any, Any]:
     """The line of what sequences have for themselves, its segments, and the line of families and what they share."""
 
     def own(b):

@@ -96,8 +96,8 @@ def softmax_step(
     registers = zip((s, acc, top, sums), (s_out, acc_out, top_out, sums_out), strict=True)
     return tuple(mosaic.as_registers(*x) for x in registers)
 
-  prob, *state = compute(s, acc, top, sums)
-  return prob, tuple(state)
+  prob, *new_state = compute(s, acc, top, sums)
+  return prob, tuple(new_state)
 
 
 def total(sums: jax.Array, *, interpret: bool) -> jax.Array:
