@@ -69,9 +69,8 @@ class Loop:
   cut: Callable[[Any, Any, Any, jax.Array], jax.Array]
   ends: Callable[[Any], tuple[Any, Any, Any]]  # of an item: (begin, end, n)
   write: Callable[[Any, jax.Array, jax.Array, jax.Array], None]  # (item, O, row_max, row_sum), unfinished
-  put_first: Callable[[Any], None] | None = (
-    None  # the warpgroup's queries of the first item in their place, if not there
-  )
+  # Puts the warpgroup's queries of the first item in their place, if nobody else does.
+  put_first: Callable[[Any], None] | None = None
 
   @property
   def factor(self) -> float:
