@@ -30,6 +30,7 @@ from paged_flash.kernels.mosaic import ACC, COLUMN, ROW, WARPS, Rows, across, do
 TILE = plgpu.Layout.WGMMA
 
 
+@jax.named_scope("product")
 def product(lhs: Any, rhs: Any, acc: jax.Array | None = None, *, turned: bool = False, interpret: bool) -> jax.Array:
   """lhs @ rhs.T, plus `acc`: f32[M, N].
 
@@ -114,6 +115,7 @@ def _as_columns(values: list[Any]) -> Any:
   return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
+@jax.named_scope("softmax")
 def softmax_step(
   s: jax.Array, state: tuple[jax.Array, ...], factor: float, scratch: Any, *, masked: bool, interpret: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:

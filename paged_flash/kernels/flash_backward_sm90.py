@@ -100,6 +100,7 @@ class _Walk:
   spread: bool  # tiles of keys of a section start at evenly spread queries and walk around
   turns: bool  # sections differ in direction
 
+  @jax.named_scope("item")
   def item(self, index: Any, visits: Any) -> _Item:
     """The item of that index; what `visits` says is that of `_visits`."""
     kv_tiles, K = self.kv_tiles, jnp.int32(self.num_kv_heads)
@@ -344,6 +345,7 @@ def backward(
       rings = (q_ring, do_ring) if role == 0 else (do_ring, q_ring)
       (tiles, full, empty, place), (other_tiles, other_full, other_empty, other_place) = rings
 
+      @jax.named_scope("visit")
       def visit(n, acc, work, done, own):
         """Adds what the n-th step's queries give."""
         at, other_at, ds_tile = place(done + n), other_place(done + n), ds_smem.at[other(n)]
@@ -371,6 +373,7 @@ def backward(
         plgpu.barrier_wait(other_full.at[other_at])
         rhs, own_columns = other_tiles.at[other_at], k_smem.at[everything, pl.ds(first_column, columns)]
 
+        @jax.named_scope("put_dq")
         def put_dq(dq):
           """The order of users of the buffer is this step's first and second part, the next step's first, ..."""
           used = role if role else n
@@ -469,6 +472,7 @@ def backward(
           half, start = (mosaic.anew(x, interpret=is_interpreted) for x in (warpgroup, jnp.int32(0)))
           return ds_smem.at[halves * other(n) + half], k_smem.at[pl.ds(start * block_kv, block_kv)]
 
+        @jax.named_scope("put_dq")
         def put_dq(n, dq):
           """It leaves when the warpgroups meet the next time."""
           pl.when(n >= 2)(lambda: plgpu.barrier_wait(dq_empty.at[other(n)]))
@@ -525,6 +529,7 @@ def backward(
           def release_query(n):
             plgpu.barrier_arrive(q_empty.at[slot(done + n)])
 
+          @jax.named_scope("visit")
           def visit(n, s):
             """Adds what the n-th step's queries give; returns S^T of the next step where it is computed ahead."""
             at, (_, tile) = slot(done + n), walk.head_and_tile(work, n)
@@ -562,6 +567,7 @@ def backward(
             """dS^T of the n-th step is there, and nobody reads that of the step before."""
             mosaic.named("sync", 2 - warpgroup + 2 * other(n))
 
+          @jax.named_scope("visit")
           def visit_halves(n, s):
             """As `visit`, of two halves of the step's queries: the tensor cores work for one while P^T or dS^T of the
             other is computed. dQ is a step late: nobody waits for the other warpgroup's dS^T."""
@@ -664,6 +670,7 @@ def backward(
           pl.when((tile + 1) * rows <= end)(lambda: copy(inside))
           pl.when((tile + 1) * rows > end)(lambda: copy(edge.at[batch, :, head]))
 
+      @jax.named_scope("fetch_keys")
       def fetch_keys(work, done):
         end = None if kv_lens is None else kv_lens[work.batch]
 

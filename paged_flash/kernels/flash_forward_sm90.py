@@ -173,6 +173,7 @@ def forward(
     else:
       mine = Claims(counter, claiming, num_live, block, workers, interpret=is_interpreted)
 
+    @jax.named_scope("item")
     def item(index):
       bh, tile = order.place(index if live is None else live[0][index])
       batch, first = lax.div(bh, jnp.int32(H)), tile * rows_together
@@ -222,6 +223,7 @@ def forward(
           end = jnp.clip(work.high - whole, begin, n)
         return begin, end, n
 
+      @jax.named_scope("write")
       def write(work, acc, row_max, row_sum):
         """O / row_sum and the LSE leave by TMA, O in slices of columns."""
         row = work.first + warpgroup * ROWS

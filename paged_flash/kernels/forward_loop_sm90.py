@@ -104,6 +104,7 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
   def ring(n):
     return lax.rem(n, jnp.int32(stages))
 
+  @jax.named_scope("query")
   def take_query(step):
     """The step's queries: in registers where they fit, else where they lie."""
     slot = lax.rem(step, jnp.int32(query_stages))
@@ -117,6 +118,7 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
   def lhs(query, step):
     return query if in_registers else q_smem.at[lax.rem(step, jnp.int32(query_stages)), mine]
 
+  @jax.named_scope("softmax")
   def softmax(work, i, k, s, row_max, row_sum, masked):
     """P of the work's tile i (slot k), not yet divided by row_sum; new statistics; the factor of what came before."""
     column = (work.high - 1 - i) * block_kv
@@ -149,6 +151,7 @@ def _attend(loop: Loop, tiles: Tiles, warpgroup: jax.Array, items: Listed | Clai
     plgpu.barrier_arrive(v_empty.at[v])
     return acc
 
+  @jax.named_scope("products")
   def overlapped(query, k, acc, prob, v, soften):
     """O + P V of one tile, and `soften` of the scores of the next: (O, P, row_max, row_sum, alpha)."""
     if loop.interpret:

@@ -109,6 +109,7 @@ class Claims:
 
     return carry
 
+  @jax.named_scope("listen")
   def listen(self, n: jax.Array) -> jax.Array:
     """The block's n-th item, or -1 if it has no more."""
     slot = lax.rem(n, jnp.int32(AHEAD))
@@ -125,6 +126,7 @@ class Claims:
     plgpu.barrier_arrive(self.heard.at[slot])  # by every thread: none is an item behind
     return jnp.where(index < self.count, index, -1)
 
+  @jax.named_scope("tell")
   def _tell(self, n: jax.Array, last: jax.Array | None) -> jax.Array:
     """Claims the block's n-th item, in one warp, and returns it, or -1; `last` is the one before, None at first."""
     slot = lax.rem(n, jnp.int32(AHEAD))
@@ -179,6 +181,7 @@ class Told:
     first = self.listen(jnp.int32(0))
     return lax.fori_loop(0, first[0], one, (first, carry))[1]
 
+  @jax.named_scope("listen")
   def listen(self, n: jax.Array) -> tuple[Any, ...]:
     """The block's n-th item."""
     slot = lax.rem(n, jnp.int32(AHEAD))
@@ -195,6 +198,7 @@ class Told:
     plgpu.barrier_arrive(self.heard.at[slot])  # by every thread: none is an item behind
     return item
 
+  @jax.named_scope("tell")
   def tell(self, n: jax.Array, item: tuple[Any, ...]) -> None:
     """Tells the n-th item, in one warp."""
     slot = lax.rem(n, jnp.int32(AHEAD))

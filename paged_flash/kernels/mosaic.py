@@ -832,6 +832,7 @@ def _turn_quad(words: list[Any]) -> list[Any]:
   return words
 
 
+@jax.named_scope("copy_rows")
 def copy_rows(ref: Any, rows: Rows, tile: Any, *, num_threads: int, turned: bool = False, interpret: bool) -> None:
   """Copies rows of `ref` [X, D] to a tile [N, D] in shared memory, 0 for rows that lie nowhere.
 

@@ -274,6 +274,7 @@ class Line:
     (longest,) = self._loop(lambda b, n, top: (jnp.maximum(top, jnp.where(n < bound, n, 0)),), jnp.int32(0))
     return self._reduce("max", longest)
 
+  @jax.named_scope("find")
   def find(self, *places: Any) -> list[tuple[Any, Any]]:
     """The sequence that holds each place, and where it begins; the number of sequences if the line ends before."""
     zero = jnp.int32(0)
@@ -337,6 +338,7 @@ def forward(
     """Whether a sequence or unit wants the second size of tiles, whose chunks are a part each."""
     return s.query_len * group > sizes[0]
 
+  @jax.named_scope("lay")
   def lay(starts, kv_lens, units) -> tuple[Line, Segments, Any, Any]:
     """The line of what sequences have for themselves, its segments, and the line of families and what they share."""
 
@@ -656,6 +658,7 @@ def forward(
         else:
           mosaic.store_value(firsts[0], index, None, past, mosaic.thread() == 0)
 
+      @jax.named_scope("write")
       def write(s, head, rows, state, in_rows=False):
         sink = None
         if sinks is not None:
@@ -668,6 +671,7 @@ def forward(
         out, lse = mosaic.finish(state, sink, factor, axis=0 if in_rows else 1, interpret=is_interpreted)
         store([(out_gmem, out.astype(dtype)), (lse_gmem, lse)], rows, in_rows)
 
+      @jax.named_scope("write_part")
       def write_part(s, part, head, count, state, in_rows=False):
         rows = Rows(((s.row * chunks.max_count + part) * K + head) * max_rows, count)
         if not isinstance(s.unit, int):

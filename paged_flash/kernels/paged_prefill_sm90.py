@@ -63,6 +63,7 @@ class Order(Line):
     _, query_len, _ = self.sequence(b)
     return cdiv(query_len * (self.problem.num_heads // self.problem.num_kv_heads), self.block_q)
 
+  @jax.named_scope("count")
   def count(self) -> tuple[Any, Any]:
     """Sequences, and their tiles of queries."""
 
@@ -73,6 +74,7 @@ class Order(Line):
     sequences, tiles = self._loop(add, jnp.int32(0), jnp.int32(0))
     return self._reduce("add", sequences), self._reduce("add", tiles)
 
+  @jax.named_scope("next")
   def next(self, key: Any) -> tuple[Any, Any]:
     """(key, sequence) after that with a key."""
     key = self.longest_below(key)
@@ -194,6 +196,7 @@ def forward(
           end = jnp.clip(work.high - cdiv(jnp.maximum(low, 0), block_kv), begin, n)
         return begin, end, n
 
+      @jax.named_scope("write")
       def write(work, acc, row_max, row_sum):
         rows = rows_of(work, my_first(work), ROWS)
         heads = Rows(work.head * group, rows.count, group, 0, skip=rows.skip)
@@ -241,6 +244,7 @@ def forward(
           lanes = range(tile_pages) if is_interpreted or tile_pages == 1 else [lax.rem(mosaic.thread(), jnp.int32(32))]
           return tuple(pages[work.sequence, jnp.clip(page + lane, first_page, last_page)] for lane in lanes)
 
+        @jax.named_scope("fetch")
         def fetch_tile(i, ids):
           tile, slot = work.high - 1 - i, lax.rem(done + i, jnp.int32(stages))
           later = look_up(jnp.minimum(i + 1, n - 1))  # they arrive while this tile waits for its place
@@ -327,6 +331,7 @@ def forward(
           for _ in range(tile_pages):
             plgpu.barrier_arrive(v_full.at[slot])
 
+      @jax.named_scope("clean")
       def clean_item(told, done):
         """Returns the KV tiles up to its end."""
 

@@ -9,6 +9,7 @@ interpreter barriers are those of Pallas.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -87,10 +88,12 @@ class Ring:
 
     wait(self.barriers, index, parity)
 
+  @jax.named_scope("wait_full")
   def wait_full(self, i: Any) -> None:
     """Until the i-th tile is there."""
     self._wait(i, False)
 
+  @jax.named_scope("wait_empty")
   def wait_empty(self, i: Any) -> None:
     """Until the tile that was in the i-th one's place has been read."""
     pl.when(i >= self.stages)(lambda: self._wait(i - self.stages, True))
@@ -119,6 +122,7 @@ class Ring:
     if self.interpret:
       pl.loop(jnp.maximum(done - self.stages, 0), done)(lambda i: self._wait(i, True))
 
+  @jax.named_scope("fetch")
   def fetch(self, i: Any, gmem: Any, page_ids: Any, first_row: Any, head: Any) -> None:
     """Fetches a head's rows of pages [N, page_size, K, D] to the i-th tile: whole pages, or one's from `first_row` on.
 

@@ -40,6 +40,7 @@ def scores(query: Any, key: Any, *, interpret: bool) -> jax.Array:
   return columns_sm90.product(query, key, interpret=False)
 
 
+@jax.named_scope("product")
 def add_values(acc: jax.Array, prob: jax.Array, value: Any, *, interpret: bool) -> jax.Array:
   """acc [64, D] + prob [64, M] @ value [M, D], the last in shared memory."""
   if interpret:
@@ -47,6 +48,7 @@ def add_values(acc: jax.Array, prob: jax.Array, value: Any, *, interpret: bool) 
   return mosaic.add_matmul(acc, prob, value, interpret=False)
 
 
+@jax.named_scope("softmax")
 def softmax_step(
   s: jax.Array, state: tuple[jax.Array, ...], factor: float, *, masked: bool, interpret: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
