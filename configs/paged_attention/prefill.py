@@ -5,8 +5,7 @@ decoding sequences in one call take no longer than in two (`apart_by_ours` >= 1)
 
     python -m experiments.paged_attention --config=configs/paged_attention/prefill.py
 
-Found on an H100: 0.95 to 0.96, for 512 alone 0.81 and, since four warps copy the first queries, 0.89; beside 64
-decoding sequences 0.97.
+Found on an H100: 0.95 to 0.96, for 512 alone 0.81; beside 64 decoding sequences 0.97.
 """
 
 import dataclasses

@@ -115,6 +115,24 @@ def _as_columns(values: list[Any]) -> Any:
   return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
+def greatest_so_far(before: Any, here: Any, factor: float, masked: bool) -> tuple[Any, Any, Any]:
+  """(greatest score, minus what is subtracted from scores times `factor`, factor of what came before) in registers.
+
+  Of the greatest score before and that of these keys, of one query. For rows as for columns: their bits are the same.
+  """
+  f32 = ir.F32Type.get()
+  scale = mgpu.utils.c(factor, f32)
+  new = arith.maximumf(before, here)
+  shift = arith.mulf(new, scale)
+  if masked:
+    is_nothing = arith.cmpf(arith.CmpFPredicate.OEQ, new, mgpu.utils.c(float("-inf"), f32))
+    shift = arith.select(is_nothing, mgpu.utils.c(0.0, f32), shift)
+  minus = arith.negf(shift)
+  alpha = mosaic.exp2_of(llvm.intr_fma(before, scale, minus))
+  is_greater = arith.cmpf(arith.CmpFPredicate.OGT, new, before)
+  return new, minus, arith.select(is_greater, alpha, mgpu.utils.c(1.0, f32))
+
+
 @jax.named_scope("softmax")
 def softmax_step(
   s: jax.Array, state: tuple[jax.Array, ...], factor: float, scratch: Any, *, masked: bool, interpret: bool
@@ -149,8 +167,7 @@ def softmax_step(
 
   @mosaic.inline(arg_types=(TILE, TILE, COLUMN, COLUMN, plgpu.RefType()), return_type=tuple(types))
   def compute(_, s, acc, top, total, scratch):
-    f32 = ir.F32Type.get()
-    zero, one, scale, nothing = (mgpu.utils.c(x, f32) for x in (0.0, 1.0, factor, float("-inf")))
+    scale = mgpu.utils.c(factor, ir.F32Type.get())
     greatest = []
     for registers in _by_group(s):
       for column in zip(*map(_columns, registers), strict=True):
@@ -162,14 +179,7 @@ def softmax_step(
     for j, (old_top, old_total) in enumerate(zip(top.registers.flat, total.registers.flat, strict=True)):
       columns = []
       for before, here, old in zip(_columns(old_top), combined(j), _columns(old_total), strict=True):
-        new = arith.maximumf(before, here)
-        shift = arith.mulf(new, scale)
-        if masked:
-          shift = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, new, nothing), zero, shift)
-        minus = arith.negf(shift)
-        alpha = mosaic.exp2_of(llvm.intr_fma(before, scale, minus))
-        alpha = arith.select(arith.cmpf(arith.CmpFPredicate.OGT, new, before), alpha, one)
-        columns.append((new, minus, alpha, old))
+        columns.append((*greatest_so_far(before, here, factor, masked), old))
       sums = [None, None]
       for place in places_of(s_out, j):
         values = [

@@ -310,19 +310,18 @@ def forward(
           queries = pl.ds(work.first, block_q)
           plgpu.copy_gmem_to_smem(q_gmem.at[work.batch, queries, work.head], q_smem.at[slot], q_full.at[slot])
 
-        def fetch_keys():
-          fetch_tile(k_gmem, k_smem, k_full, k_empty, 0)
-
         # What lies past the end may be NaN, and 0 * NaN is NaN.
         past_end = work.positions.kv_len - (work.high - 1) * block_kv
         is_dirty = past_end < block_kv if p.has_kv_lens else False
 
         @mosaic.one_warp
         def first_tiles():
-          in_order = fetch_queries, fetch_keys
-          # What has room is not to wait for what has none before the last item's end.
-          for fetch_one in in_order if query_in_registers(num_wgs, D, interpret=is_interpreted) else in_order[::-1]:
-            fetch_one()
+          have_room = query_in_registers(num_wgs, D, interpret=is_interpreted)  # before the last item's end
+          if have_room:
+            fetch_queries()
+          fetch_tile(k_gmem, k_smem, k_full, k_empty, 0)
+          if not have_room:
+            fetch_queries()
           fetch_tile(v_gmem, v_smem, v_full, v_empty, 0, jnp.where(is_dirty, stages, 0) if p.has_kv_lens else 0)
 
         if p.has_kv_lens:

@@ -237,7 +237,7 @@ class Segments(NamedTuple):
 
   def bounds(self, n: Any) -> tuple[Any, Any]:
     """The tiles [low, high) of the n-th."""
-    if isinstance(self.first, int):
+    if isinstance(self.first, int):  # known when tracing: there are no units
       return n * self.size, (n + 1) * self.size
     begin = lambda n: jnp.minimum(n, self.first) * self.first_size + jnp.maximum(n - self.first, 0) * self.size  # noqa: E731
     return begin(n), begin(n + 1)

@@ -64,8 +64,7 @@ def softmax_step(
 
   @mosaic.inline(arg_types=(TILE, TILE, ROW, TILE), return_type=tuple(types))
   def compute(_, s, acc, top, sums):
-    f32 = ir.F32Type.get()
-    zero, one, scale, nothing = (mgpu.utils.c(x, f32) for x in (0.0, 1.0, factor, float("-inf")))
+    scale = mgpu.utils.c(factor, ir.F32Type.get())
     num_groups = s.shape[1] // 8  # of 8 columns
     s_out, acc_out, top_out, sums_out = (x.registers.copy() for x in (s, acc, top, sums))
     flat = lambda x: x.reshape(-1, 2)  # noqa: E731  [groups, half]: rows r and r + 8
@@ -75,13 +74,7 @@ def softmax_step(
       for lanes in (1, 2):
         here = arith.maximumf(here, mgpu.utils.shfl_bfly(here, lanes))
       (before,) = mosaic.values_of(top_out.flat[half])
-      new = arith.maximumf(before, here)
-      shift = arith.mulf(new, scale)
-      if masked:
-        shift = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, new, nothing), zero, shift)
-      minus = arith.negf(shift)
-      alpha = mosaic.exp2_of(llvm.intr_fma(before, scale, minus))
-      alpha = arith.select(arith.cmpf(arith.CmpFPredicate.OGT, new, before), alpha, one)
+      new, minus, alpha = columns_sm90.greatest_so_far(before, here, factor, masked)
       values = [[mosaic.exp2_of(llvm.intr_fma(x, scale, minus)) for x in pair] for pair in values]
       for n, pair in enumerate(values):
         flat(s_out)[n, half] = vector.from_elements(flat(s_out)[n, half].type, pair)

@@ -281,6 +281,16 @@ def test_who_shares_as_many_chunks_with_the_same_leader_is_a_family():
       chunks_of[list(who)] = shared
       assert units.work[who[0]] == shared * -(-len(who) // (64 // group))
       assert (units.tokens[units.place[who[0]] :][: len(who)] == starts[list(who)]).all()
+      share = functools.partial(paged_decode_sm90.shared_chunk, problem, chunks, 64, operands.kv_lens, units, who[0])
+      places, numbers = [], []
+      for n in range(int(units.work[who[0]])):
+        unit, number = share(n)
+        assert 0 < unit.query_len <= 64 // group and unit.kv_len == shared * unit.chunk * 64 <= lens[who[0]]
+        places += [(int(number), int(unit.unit) + i) for i in range(int(unit.query_len))]
+        numbers.append(int(number))
+      first = int(units.place[who[0]])
+      assert sorted(places) == [(n, first + i) for n in range(shared) for i in range(len(who))]
+      assert numbers == sorted(numbers)
     assert (units.chunks == chunks_of).all()
 
 
